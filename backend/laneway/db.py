@@ -1,0 +1,238 @@
+"""The two stores: SQLite for one machine, PostgreSQL for the rest, behind one small face.
+
+Statements of the hot path carry many rows each. `Rows` is how: a table-valued parameter, written
+`{rows}` in the SQL, that becomes `unnest(arrays)` on PostgreSQL and `json_each(text)` on SQLite, so that
+one statement text serves both stores and a batch costs one round trip.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.functions import FunctionElement
+
+POOL_SIZE = 10
+POOL_TIMEOUT_SECONDS = 2.0
+STATEMENT_TIMEOUT_MS = 10_000
+LOCK_TIMEOUT_MS = 5_000
+SQLITE_BUSY_SECONDS = 10.0
+
+Id = sa.Uuid(as_uuid=False).with_variant(sa.String(36), "sqlite")
+"""A UUID: native on PostgreSQL, its usual text on SQLite, `str` in Python on both."""
+
+
+class Moment(sa.TypeDecorator[datetime]):
+    """A timezone-aware UTC moment, with microseconds, on both stores."""
+
+    impl = sa.DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:
+        if value is None:
+            return None
+        if value.tzinfo is None:
+            raise ValueError("a moment needs a time zone")
+        value = value.astimezone(UTC)
+        return value.replace(tzinfo=None) if dialect.name == "sqlite" else value
+
+    def process_result_value(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+class Json(sa.TypeDecorator[Any]):
+    """JSON kept as the text it came in: exact, and the same on both stores.
+
+    `jsonb` would reorder keys, rewrite numbers and refuse what SQLite takes; nothing on the hot path
+    looks inside (docs/decisions/0002).
+    """
+
+    impl = sa.Text
+    cache_ok = True
+
+    def process_bind_param(self, value: Any, dialect: sa.Dialect) -> str | None:
+        if value is None:
+            return None
+        return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
+    def process_result_value(self, value: str | None, dialect: sa.Dialect) -> Any:
+        return None if value is None else json.loads(value)
+
+
+class utc_now(FunctionElement[datetime]):  # noqa: N801 - used like a SQL function
+    """The server's own clock, as a column default."""
+
+    type = Moment()
+    inherit_cache = True
+
+
+@compiles(utc_now, "sqlite")
+def _sqlite_now(_element: Any, _compiler: Any, **_: Any) -> str:
+    return "(strftime('%Y-%m-%d %H:%M:%f000', 'now'))"
+
+
+@compiles(utc_now, "postgresql")
+def _postgresql_now(_element: Any, _compiler: Any, **_: Any) -> str:
+    return "now()"
+
+
+def stored(moment: datetime | None) -> str | None:
+    """A moment as SQLite keeps it, for parameters inside JSON."""
+    if moment is None:
+        return None
+    return moment.astimezone(UTC).replace(tzinfo=None).isoformat(" ", "microseconds")
+
+
+_POSTGRES_TYPES = {
+    "id": "uuid",
+    "text": "text",
+    "int": "integer",
+    "float": "double precision",
+    "bool": "boolean",
+    "moment": "timestamptz",
+}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A table-valued parameter: `Rows(id="id", attempt="int")` is `u(id, attempt)` in the statement.
+
+    Kinds: id, text, int, float, bool, moment. `sql(dialect)` is the FROM item; `bind(dialect, rows)` the
+    statement's parameters for rows given as tuples in the order of the columns.
+    """
+
+    columns: dict[str, str]
+
+    def __init__(self, **columns: str) -> None:
+        object.__setattr__(self, "columns", columns)
+
+    def sql(self, dialect: str) -> str:
+        if dialect == "postgresql":
+            arrays = ", ".join(
+                f"CAST(:u_{name} AS {_POSTGRES_TYPES[kind]}[])" for name, kind in self.columns.items()
+            )
+            return f"unnest({arrays}) AS u({', '.join(self.columns)})"
+        picks = ", ".join(f"json_extract(value, '$[{i}]') AS {name}" for i, name in enumerate(self.columns))
+        return f"(SELECT {picks} FROM json_each(:u)) AS u"
+
+    def bind(self, dialect: str, rows: Sequence[Sequence[Any]]) -> dict[str, Any]:
+        if dialect == "postgresql":
+            columns = zip(*rows, strict=True) if rows else ([] for _ in self.columns)
+            return {f"u_{name}": list(column) for name, column in zip(self.columns, columns, strict=True)}
+        return {"u": json.dumps(rows, default=_encode)}
+
+
+def any_of(dialect: str, name: str, *, kind: str = "text") -> str:
+    """The right side of `column IN …` for one parameter that holds a list: `any_of(d, "ids")`."""
+    if dialect == "postgresql":
+        return f"(SELECT unnest(CAST(:{name} AS {_POSTGRES_TYPES[kind]}[])))"
+    return f"(SELECT value FROM json_each(:{name}))"
+
+
+def listed(dialect: str, values: Sequence[Any]) -> Any:
+    """The parameter that `any_of` names."""
+    return list(values) if dialect == "postgresql" else json.dumps(list(values), default=_encode)
+
+
+def _encode(value: object) -> object:
+    if isinstance(value, datetime):
+        return stored(value)
+    raise TypeError(f"{type(value).__name__} cannot be a statement parameter")
+
+
+class Database:
+    """One store: `read()` and `write()` are its transactions.
+
+    A write transaction on SQLite begins IMMEDIATE: a deferred one that reads first and writes later is
+    refused when another writer came between (SQLITE_BUSY, not retried by the busy timeout).
+    """
+
+    def __init__(self, url: str, *, pool_size: int = POOL_SIZE) -> None:
+        self.url = sa.make_url(url)
+        self.dialect = self.url.get_backend_name()
+        self._pool_size = pool_size
+
+    @cached_property
+    def engine(self) -> sa.Engine:
+        if self.dialect == "sqlite":
+            return _sqlite_engine(self.url, self._pool_size)
+        if self.dialect == "postgresql":
+            return _postgresql_engine(self.url, self._pool_size)
+        raise ValueError(
+            f"LANEWAY_DATABASE_URL: {self.dialect!r} is not a store; use postgresql:// or sqlite:///"
+        )
+
+    @contextmanager
+    def write(self) -> Iterator[sa.Connection]:
+        """A transaction that may change rows; commits when the block ends, rolls back when it raises."""
+        with self.engine.connect() as connection:
+            if self.dialect == "sqlite":
+                connection = connection.execution_options(laneway_immediate=True)
+            with connection.begin():
+                yield connection
+
+    @contextmanager
+    def read(self) -> Iterator[sa.Connection]:
+        """A transaction that only looks."""
+        with self.engine.connect() as connection, connection.begin():
+            yield connection
+
+    def dispose(self) -> None:
+        if "engine" in self.__dict__:
+            self.engine.dispose()
+
+
+def _sqlite_engine(url: sa.URL, pool_size: int) -> sa.Engine:
+    if url.database and url.database != ":memory:":
+        Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+    engine = sa.create_engine(
+        url,
+        connect_args={"check_same_thread": False, "timeout": SQLITE_BUSY_SECONDS},
+        poolclass=sa.QueuePool,
+        pool_size=pool_size,
+        max_overflow=0,
+        pool_timeout=POOL_TIMEOUT_SECONDS,
+    )
+
+    @sa.event.listens_for(engine, "connect")
+    def _prepare(connection: sqlite3.Connection, _record: Any) -> None:
+        connection.isolation_level = None  # this module says BEGIN itself
+        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "temp_store=MEMORY"):
+            connection.execute(f"PRAGMA {pragma}")
+
+    @sa.event.listens_for(engine, "begin")
+    def _begin(connection: sa.Connection) -> None:
+        immediate = connection.get_execution_options().get("laneway_immediate", False)
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if immediate else "BEGIN")
+
+    return engine
+
+
+def _postgresql_engine(url: sa.URL, pool_size: int) -> sa.Engine:
+    options = f"-c statement_timeout={STATEMENT_TIMEOUT_MS} -c lock_timeout={LOCK_TIMEOUT_MS} -c timezone=UTC"
+    return sa.create_engine(
+        url,
+        connect_args={
+            "options": options,
+            "connect_timeout": 5,
+            "target_session_attrs": "read-write",
+            "keepalives_idle": 30,
+            "tcp_user_timeout": 10_000,
+            "application_name": "laneway",
+        },
+        pool_size=pool_size,
+        max_overflow=0,
+        pool_timeout=POOL_TIMEOUT_SECONDS,
+        pool_pre_ping=False,
+    )

@@ -1,0 +1,129 @@
+"""What may be asked for: one job, with its limits."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+from enum import StrEnum
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from laneway.domain.events import EventType
+from laneway.domain.retry import RetryPolicy
+
+QUEUE_PATTERN = r"^[a-z][a-z0-9_]{0,49}$"
+JOB_TYPE_PATTERN = r"^[a-z][a-z0-9_]*(\.[a-z0-9_]+)*$"
+DEFAULT_QUEUE = "default"
+MAX_TAGS = 20
+MAX_SECONDS = 366 * 24 * 3600
+
+
+class Priority(StrEnum):
+    """Which lane of its queue a job waits in, most urgent first."""
+
+    CRITICAL = "critical"
+    HIGH = "high"
+    NORMAL = "normal"
+    LOW = "low"
+
+
+_BY_NUMBER = {10: Priority.CRITICAL, 8: Priority.HIGH, 5: Priority.NORMAL, 0: Priority.LOW}
+
+
+def _priority(value: object) -> object:
+    return _BY_NUMBER.get(value, value) if type(value) is int else value
+
+
+def lane_of(queue: str, priority: Priority) -> str:
+    """The lane's name, which is the RQ queue's: `high` on the default queue, `emails-high` on another."""
+    if queue == DEFAULT_QUEUE:
+        return priority.value
+    return queue if priority is Priority.NORMAL else f"{queue}-{priority.value}"
+
+
+def lanes_of(queues: tuple[str, ...]) -> tuple[str, ...]:
+    """Every lane of `queues` in the order a worker drains them: all critical ones first, and so on."""
+    return tuple(lane_of(queue, priority) for priority in Priority for queue in queues)
+
+
+_RESERVED = {lane_of(DEFAULT_QUEUE, priority) for priority in Priority}
+
+
+def _queue(value: str) -> str:
+    if value in _RESERVED:
+        raise ValueError(f"{value!r} is a lane of the default queue; ask for queue 'default' and a priority")
+    return value
+
+
+Text = Annotated[str, Field(max_length=200)]
+Seconds = Annotated[float, Field(ge=0, le=MAX_SECONDS, allow_inf_nan=False)]
+
+
+class JobSpec(BaseModel):
+    """A job as its caller describes it. Unknown fields are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    job_type: str = Field(pattern=JOB_TYPE_PATTERN, max_length=100, examples=["demo.echo"])
+    parameters: dict[str, Any] = Field(
+        default_factory=dict, description="At most 256 KiB of JSON, 32 levels deep."
+    )
+    queue: Annotated[str, Field(pattern=QUEUE_PATTERN)] = DEFAULT_QUEUE
+    priority: Annotated[Priority, BeforeValidator(_priority)] = Field(
+        Priority.NORMAL,
+        description="The integers 10, 8, 5 and 0 are taken for critical, high, normal and low.",
+    )
+    title: Text | None = None
+    description: Annotated[str, Field(max_length=2000)] | None = None
+    tags: Annotated[
+        tuple[Annotated[str, Field(min_length=1, max_length=100)], ...], Field(max_length=MAX_TAGS)
+    ] = ()
+    metadata: dict[str, Any] = Field(
+        default_factory=dict, description="The caller's own; at most 16 KiB of JSON."
+    )
+    scheduled_for: AwareDatetime | None = Field(None, description="Do not start before this moment.")
+    delay_seconds: Seconds | None = Field(None, description="Instead of scheduled_for: start so much later.")
+    expires_at: AwareDatetime | None = Field(None, description="A job not started by then ends `expired`.")
+    timeout_seconds: Annotated[int, Field(ge=1, le=MAX_SECONDS)] | None = None
+    max_retries: Annotated[int, Field(ge=0, le=100)] = 3
+    retry_delay_seconds: Seconds = 120.0
+    retry_backoff: Annotated[float, Field(ge=1, le=10, allow_inf_nan=False)] = 2.0
+    retry_max_delay_seconds: Seconds = 1800.0
+    retry_jitter: bool = True
+    unique_key: Annotated[str, Field(min_length=1, max_length=200)] | None = Field(
+        None, description="At most one active job of the tenant holds this key."
+    )
+    on_conflict: Literal["return_existing", "reject"] = "return_existing"
+    webhook_url: Annotated[str, Field(min_length=1, max_length=2048)] | None = None
+    webhook_events: (
+        Annotated[tuple[EventType, ...], Field(min_length=1, max_length=len(EventType))] | None
+    ) = None
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        _queue(self.queue)
+        if self.scheduled_for is not None and self.delay_seconds is not None:
+            raise ValueError("give scheduled_for or delay_seconds, not both")
+        if self.webhook_events is not None and self.webhook_url is None:
+            raise ValueError("webhook_events needs a webhook_url")
+        return self
+
+    @property
+    def lane(self) -> str:
+        return lane_of(self.queue, self.priority)
+
+    @property
+    def retry_policy(self) -> RetryPolicy:
+        return RetryPolicy(
+            self.max_retries,
+            self.retry_delay_seconds,
+            self.retry_backoff,
+            self.retry_max_delay_seconds,
+            self.retry_jitter,
+        )
+
+    def starts_at(self, now: datetime) -> datetime | None:
+        """When the job may start, or None for at once."""
+        if self.delay_seconds:
+            return now + timedelta(seconds=self.delay_seconds)
+        return self.scheduled_for if self.scheduled_for is not None and self.scheduled_for > now else None

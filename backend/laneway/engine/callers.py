@@ -1,0 +1,208 @@
+"""Who is calling: API keys, and what their roles may do.
+
+A key reads `lw_live_<id>_<secret><check>`: 12 characters of id, 43 of secret (256 bits), 6 of CRC-32 so
+that junk is refused without a look-up. Only the SHA-256 of the secret is kept; a slow hash would add
+nothing to 256 random bits and would make every request cost tens of milliseconds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import secrets
+import string
+import threading
+import zlib
+from collections import OrderedDict
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from pathlib import Path
+
+import sqlalchemy as sa
+
+from laneway import models
+from laneway.clock import Clock, new_id
+from laneway.db import Database
+from laneway.errors import Forbidden, LanewayError, Unauthenticated
+from laneway.webhooks.secrets import SecretBox, new_webhook_secret
+
+DEFAULT_TENANT = "default"
+CACHE_SECONDS = 30.0
+CACHE_SIZE = 10_000
+ADMIN_KEY_FILE = "admin.key"
+
+_DIGITS = string.digits + string.ascii_uppercase + string.ascii_lowercase
+_LENGTH = len("lw_live_") + 12 + 1 + 43 + 6
+
+
+class Role(StrEnum):
+    """What a key may do: a user its own, an operator its tenant's, an admin everything."""
+
+    USER = "user"
+    OPERATOR = "operator"
+    ADMIN = "admin"
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who a request speaks for. Everything below the API sees only this."""
+
+    tenant_id: str
+    subject: str
+    role: Role
+    key_id: str = ""
+
+    def need(self, role: Role) -> None:
+        """Raise Forbidden unless the caller has `role` or a stronger one."""
+        order = list(Role)
+        if order.index(self.role) < order.index(role):
+            raise Forbidden(f"this needs the role {role}", needed_role=role.value)
+
+
+@dataclass(frozen=True, slots=True)
+class _Key:
+    digest: bytes
+    caller: Caller
+    expires_at: datetime | None
+
+
+def make_key() -> tuple[str, str, bytes]:
+    """A new key's text, its id, and the digest to keep."""
+    key_id = "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(12))
+    body = f"lw_live_{key_id}_{''.join(secrets.choice(_DIGITS) for _ in range(43))}"
+    return body + _check(body), key_id, _digest(body[-43:])
+
+
+def key_id_of(text: str) -> str:
+    """The id inside a key, or Unauthenticated when the text cannot be one."""
+    well_formed = len(text) == _LENGTH and text.isascii() and text.startswith(("lw_live_", "lw_test_"))
+    if not well_formed or not hmac.compare_digest(_check(text[:-6]), text[-6:]):
+        raise Unauthenticated("the API key is malformed")
+    return text[8:20]
+
+
+def _check(body: str) -> str:
+    number, digits = zlib.crc32(body.encode()), ""
+    for _ in range(6):
+        number, digit = divmod(number, len(_DIGITS))
+        digits = _DIGITS[digit] + digits
+    return digits
+
+
+def _digest(secret: str) -> bytes:
+    return hashlib.sha256(secret.encode()).digest()
+
+
+class Callers:
+    """Finds the caller behind a key; remembers it for CACHE_SECONDS. Safe to use from many threads."""
+
+    def __init__(self, database: Database, clock: Clock) -> None:
+        self._database = database
+        self._clock = clock
+        self._known: OrderedDict[str, tuple[float, _Key]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def remembered(self, text: str) -> Caller | None:
+        """The caller if the key was seen lately: no I/O. Raises Unauthenticated for a wrong key."""
+        key_id = key_id_of(text)
+        with self._lock:
+            at, key = self._known.get(key_id, (0.0, None))
+        if key is None or self._clock.monotonic() - at > CACHE_SECONDS:
+            return None
+        return self._verified(text, key)
+
+    def authenticate(self, text: str) -> Caller:
+        """The caller behind the key. Raises Unauthenticated: unknown, revoked, expired or wrong."""
+        key_id = key_id_of(text)
+        with self._database.read() as connection:
+            k = models.api_keys.c
+            row = connection.execute(
+                sa.select(k.tenant_id, k.subject, k.role, k.digest, k.expires_at).where(
+                    k.id == key_id, k.revoked_at.is_(None)
+                )
+            ).first()
+        if row is None:
+            raise Unauthenticated("the API key is not known, or was revoked")
+        key = _Key(
+            bytes(row.digest), Caller(row.tenant_id, row.subject, Role(row.role), key_id), row.expires_at
+        )
+        caller = self._verified(text, key)
+        with self._lock:
+            self._known[key_id] = (self._clock.monotonic(), key)
+            self._known.move_to_end(key_id)
+            while len(self._known) > CACHE_SIZE:
+                self._known.popitem(last=False)
+        return caller
+
+    def _verified(self, text: str, key: _Key) -> Caller:
+        if not hmac.compare_digest(_digest(text[21:-6]), key.digest):
+            raise Unauthenticated("the API key is not known, or was revoked")
+        if key.expires_at is not None and key.expires_at <= self._clock.now():
+            raise Unauthenticated("the API key has expired")
+        return key.caller
+
+
+def ensure_tenant(database: Database, box: SecretBox, name: str, *, created_by: str = "cli") -> str:
+    """The id of the tenant called `name`, made with a fresh webhook secret if there is none."""
+    t = models.tenants.c
+    for _ in range(2):
+        with database.read() as connection:
+            found = connection.execute(sa.select(t.id).where(t.name == name)).scalar()
+        if found is not None:
+            return str(found)
+        tenant_id = new_id()
+        values = {
+            "id": tenant_id,
+            "name": name,
+            "webhook_secret": box.seal(new_webhook_secret(), tenant_id),
+            "created_by": created_by,
+        }
+        try:
+            with database.write() as connection:
+                connection.execute(sa.insert(models.tenants).values(values))
+        except sa.exc.IntegrityError:
+            continue  # another process was first
+        return tenant_id
+    raise LanewayError(f"tenant {name!r} can neither be found nor made")
+
+
+def create_key(
+    database: Database,
+    *,
+    tenant_id: str,
+    role: Role,
+    subject: str | None = None,
+    expires_at: datetime | None = None,
+    created_by: str = "cli",
+) -> str:
+    """Make an API key and return its text, which is shown this once and kept nowhere."""
+    text, key_id, digest = make_key()
+    with database.write() as connection:
+        connection.execute(
+            sa.insert(models.api_keys).values(
+                id=key_id,
+                tenant_id=tenant_id,
+                created_by=created_by,
+                subject=subject or f"key:{key_id}",
+                role=role.value,
+                digest=digest,
+                expires_at=expires_at,
+            )
+        )
+    return text
+
+
+def ensure_admin_key(database: Database, box: SecretBox, data_dir: Path) -> Path:
+    """The file with the first admin key, made (mode 0600) at the first start; the command line reads it."""
+    path = data_dir / ADMIN_KEY_FILE
+    data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    tenant_id = ensure_tenant(database, box, DEFAULT_TENANT)
+    try:
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        return path
+    with os.fdopen(handle, "w") as file:
+        file.write(create_key(database, tenant_id=tenant_id, role=Role.ADMIN, subject="admin") + "\n")
+    return path

@@ -1,0 +1,52 @@
+"""How an attempt may end: plain values, known to the process that runs a handler and to the engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Returned:
+    """The handler returned; `result` is JSON text, None for nothing."""
+
+    result: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Raised:
+    """The handler raised. `permanent`: no further attempt would help. `in_seconds`: the wait it asked for."""
+
+    type: str
+    message: str
+    traceback: str = ""
+    permanent: bool = False
+    in_seconds: float | None = None
+    charged: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class TimedOut:
+    """The handler used up its `timeout_seconds`."""
+
+    seconds: int
+    traceback: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Crashed:
+    """The process that ran the handler died: `how` says by which signal or exit status."""
+
+    how: str
+
+
+@dataclass(frozen=True, slots=True)
+class Cancelled:
+    """The handler stopped because it was asked to."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unfinished:
+    """The attempt never ran to an end through no fault of the job: drain, deploy, handed back."""
+
+
+Ending = Returned | Raised | TimedOut | Crashed | Cancelled | Unfinished

@@ -1,0 +1,130 @@
+"""Group commit: what many callers want written at the same moment becomes one transaction.
+
+The first caller's item is written at once; what arrives while that commit is under way forms the next
+group. So an idle service adds no wait, and a busy one pays one commit for up to `max_items` callers
+(after the group commit of databases: DeWitt et al., Implementation Techniques for Main Memory Database
+Systems, SIGMOD 1984). A bad item never fails its neighbours: a refused group is cut in halves until the
+bad one stands alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
+
+import sqlalchemy as sa
+
+from laneway.errors import LanewayError, StorageUnavailable
+from laneway.log import get_logger
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+log = get_logger("group_commit")
+
+_BAD_ROW = (sa.exc.IntegrityError, sa.exc.DataError)
+
+
+def commit_each(commit: Callable[[Sequence[T]], Sequence[R]], items: Sequence[T]) -> list[R | Exception]:
+    """`commit(items)` in one transaction; when a row is refused, again in halves, down to the bad one.
+
+    The outcomes come in the order of the items: a result, or the exception of that item alone. Errors
+    that are not about one row (the database is away) are every item's.
+    """
+    try:
+        return list(commit(items))
+    except (*_BAD_ROW, LanewayError) as error:
+        if len(items) == 1:
+            return [error]
+    except (sa.exc.DBAPIError, sa.exc.TimeoutError) as error:
+        log.warning("group_refused", items=len(items), error=type(error).__name__)
+        away = StorageUnavailable(retry_after_seconds=2)
+        away.__cause__ = error
+        return [away] * len(items)
+    half = len(items) // 2
+    return commit_each(commit, items[:half]) + commit_each(commit, items[half:])
+
+
+class GroupCommit(Generic[T, R]):
+    """A thread that commits what coroutines hand it. `weigh` is an item's bytes."""
+
+    def __init__(
+        self,
+        commit: Callable[[Sequence[T]], Sequence[R]],
+        *,
+        weigh: Callable[[T], int] = lambda _: 0,
+        max_items: int = 256,
+        max_bytes: int = 4 * 1024 * 1024,
+        max_waiting: int = 10_000,
+    ) -> None:
+        self._commit = commit
+        self._weigh = weigh
+        self._max_items = max_items
+        self._max_bytes = max_bytes
+        self._max_waiting = max_waiting
+        self._waiting: deque[tuple[T, asyncio.Future[R], asyncio.AbstractEventLoop]] = deque()
+        self._wake = threading.Condition()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="group-commit", daemon=True)
+        self._thread.start()
+
+    async def add(self, item: T) -> R:
+        """Wait until `item` is committed; its result. Raises what its commit raised, or StorageUnavailable."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[R] = loop.create_future()
+        with self._wake:
+            if self._stopping or len(self._waiting) >= self._max_waiting:
+                raise StorageUnavailable("too many requests wait for the database", retry_after_seconds=2)
+            self._waiting.append((item, future, loop))
+            if len(self._waiting) == 1:
+                self._wake.notify()
+        return await future
+
+    def close(self) -> None:
+        """Commit what waits, then stop."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._wake:
+                while not self._waiting and not self._stopping:
+                    self._wake.wait()
+                if not self._waiting:
+                    return
+                group = self._next_group()
+            try:
+                outcomes = commit_each(self._commit, [item for item, _, _ in group])
+            except Exception as error:
+                log.exception("group_failed", items=len(group))
+                outcomes = [error] * len(group)
+            by_loop: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Future[R], R | Exception]]] = {}
+            for (_, future, loop), outcome in zip(group, outcomes, strict=True):
+                by_loop.setdefault(loop, []).append((future, outcome))
+            for loop, answers in by_loop.items():
+                if not loop.is_closed():
+                    loop.call_soon_threadsafe(_answer, answers)
+
+    def _next_group(self) -> list[tuple[T, asyncio.Future[R], asyncio.AbstractEventLoop]]:
+        group, size = [], 0
+        while self._waiting and len(group) < self._max_items:
+            size += self._weigh(self._waiting[0][0])
+            if group and size > self._max_bytes:
+                break
+            group.append(self._waiting.popleft())
+        return group
+
+
+def _answer(answers: list[tuple[asyncio.Future[R], R | Exception]]) -> None:
+    for future, outcome in answers:
+        if future.done():  # the client went away
+            continue
+        if isinstance(outcome, Exception):
+            future.set_exception(outcome)
+        else:
+            future.set_result(outcome)

@@ -1,0 +1,94 @@
+"""Worker rows: who is alive, what it holds, and what its jobs are asked to do.
+
+A worker process makes one row when it starts, under a new id, and beats: one UPDATE that counts up and
+names the lease tokens it holds. The lease is in that count, not in a clock: a reaper calls a worker
+silent when the count has not moved for one lease of the reaper's own monotonic time (`upkeep.Reaper`).
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+import sqlalchemy as sa
+
+from laneway import __version__, models
+from laneway.db import Database, utc_now
+from laneway.domain.states import JobStatus
+
+w = models.workers.c
+j = models.jobs.c
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """Somebody asked a running job to stop."""
+
+    job_id: str
+    lease_token: str
+    terminate: bool
+    grace_seconds: float | None
+
+
+def register(database: Database, *, worker_id: str, name: str, lanes: Sequence[str]) -> None:
+    """Make the worker's row."""
+    with database.write() as connection:
+        connection.execute(
+            sa.insert(models.workers).values(
+                id=worker_id,
+                name=name[:200],
+                host=socket.gethostname()[:200],
+                pid=os.getpid(),
+                version=__version__,
+                lanes=list(lanes),
+                state="active",
+                held=[],
+            )
+        )
+
+
+def beat(database: Database, *, worker_id: str, held: Sequence[str]) -> list[Wish] | None:
+    """Say that the worker lives and what it holds; the wishes for its jobs. None: it was declared dead."""
+    beating = (
+        sa.update(models.workers)
+        .where(w.id == worker_id, w.state.in_(("active", "draining")))
+        .values(beat=w.beat + 1, beat_at=utc_now(), held=list(held))
+    )
+    wished = sa.select(j.id, j.lease_token, j.cancel_terminate, j.cancel_grace_seconds).where(
+        j.worker_id == worker_id, j.status == JobStatus.RUNNING, j.cancel_requested_at.is_not(None)
+    )
+    with database.write() as connection:
+        if not connection.execute(beating).rowcount:
+            return None
+        return [
+            Wish(row.id, row.lease_token, bool(row.cancel_terminate), row.cancel_grace_seconds)
+            for row in connection.execute(wished)
+        ]
+
+
+def leave(database: Database, *, worker_id: str, state: str = "gone") -> None:
+    """Mark the worker as draining, or as gone after it let go of everything."""
+    with database.write() as connection:
+        connection.execute(
+            sa.update(models.workers)
+            .where(w.id == worker_id, w.state.in_(("active", "draining")))
+            .values(state=state)
+        )
+
+
+def find_queued(
+    connection: sa.Connection, lanes: Sequence[str], job_types: Sequence[str], *, limit: int, before: datetime
+) -> list[str]:
+    """The slow path: ids of queued rows of `lanes`, most urgent lane first, queued before `before`."""
+    found: list[str] = []
+    for lane in lanes:
+        if len(found) >= limit:
+            break
+        queued = sa.select(j.id).where(
+            j.lane == lane, j.status == JobStatus.QUEUED, j.queued_at <= before, j.job_type.in_(job_types)
+        )
+        found += connection.execute(queued.order_by(j.queued_at, j.id).limit(limit - len(found))).scalars()
+    return found

@@ -1,0 +1,166 @@
+"""How an attempt ended, what that makes of the job, and what follows in the same transaction."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from random import Random
+from typing import Any
+
+import sqlalchemy as sa
+
+from laneway import models
+from laneway.domain.events import DEFAULT_WEBHOOK_EVENTS, EVENT_OF
+from laneway.domain.retry import RetryPolicy, crash_delay
+from laneway.engine import transitions
+from laneway.engine.endings import Cancelled, Crashed, Ending, Raised, Returned, TimedOut, Unfinished
+from laneway.engine.queries import view
+from laneway.engine.transitions import Applied, HeldMove, Move, Outcome
+from laneway.webhooks.messages import EndedJob, record
+
+MAX_ERROR_MESSAGE = 2_000
+MAX_TRACEBACK = 16_000
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """A job this process holds, with what deciding its fate needs. `parameters` is JSON text."""
+
+    job_id: str
+    attempt: int
+    lease_token: str
+    tenant_id: str
+    lane: str
+    job_type: str
+    parameters: str
+    timeout_seconds: int
+    retry_count: int
+    crash_count: int
+    retry_policy: RetryPolicy
+
+    @classmethod
+    def of(cls, row: Any, lease_token: str) -> Claimed:
+        """From a row with the columns of `transitions.CLAIMED`."""
+        return cls(
+            row["id"],
+            row["attempt"],
+            lease_token,
+            row["tenant_id"],
+            row["lane"],
+            row["job_type"],
+            row["parameters"],
+            row["timeout_seconds"],
+            row["retry_count"],
+            row["crash_count"],
+            RetryPolicy(
+                row["max_retries"],
+                row["retry_delay_seconds"],
+                row["retry_backoff"],
+                row["retry_max_delay_seconds"],
+                bool(row["retry_jitter"]),
+            ),
+        )
+
+
+def error_record(type_: str, message: str, *, category: str, traceback: str = "") -> str:
+    """The `error` of a job as JSON text, cut to its limits."""
+    return json.dumps(
+        {
+            "type": type_[:200],
+            "message": message[:MAX_ERROR_MESSAGE],
+            "category": category,
+            "traceback": traceback[-MAX_TRACEBACK:] or None,
+        },
+        ensure_ascii=True,
+    )
+
+
+def decide(  # noqa: PLR0911 - one return an ending
+    job: Claimed, ending: Ending, *, now: datetime, rng: Random, crash_limit: int
+) -> HeldMove:
+    """The move that an attempt's ending makes. Pure: the same for pool, stock worker and reaper."""
+    hold = (job.job_id, job.attempt, job.lease_token)
+    more = job.retry_count < job.retry_policy.max_retries
+    match ending:
+        case Returned(result):
+            return transitions.Complete(*hold, result=result)
+        case Cancelled():
+            return transitions.Stop(*hold)
+        case Unfinished():
+            return transitions.Release(*hold)
+        case Crashed(how):
+            error = error_record("ProcessDied", how, category="crash")
+            if job.crash_count + 1 >= crash_limit:
+                return transitions.Fail(*hold, error=error, reason="poison", crash=1)
+            wait = timedelta(seconds=crash_delay(job.crash_count + 1))
+            return transitions.BackOff(*hold, next_retry_at=now + wait, charge=0, crash=1, error=error)
+        case TimedOut(seconds, traceback):
+            message = f"the job ran longer than its timeout of {seconds} s"
+            error = error_record("JobTimeout", message, category="timeout", traceback=traceback)
+            if not more:
+                return transitions.TimeOut(*hold, error=error)
+            wait = timedelta(seconds=job.retry_policy.delay(job.retry_count, rng=rng))
+            return transitions.BackOff(*hold, next_retry_at=now + wait, error=error)
+        case Raised(type_, message, traceback, permanent, in_seconds, charged):
+            category = "permanent" if permanent else "transient"
+            error = error_record(type_, message, category=category, traceback=traceback)
+            if permanent:
+                return transitions.Fail(*hold, error=error, reason="permanent")
+            if charged and not more:
+                return transitions.Fail(*hold, error=error, reason="exhausted")
+            seconds = job.retry_policy.delay(job.retry_count, rng=rng) if in_seconds is None else in_seconds
+            due = now + timedelta(seconds=seconds)
+            return transitions.BackOff(*hold, next_retry_at=due, charge=int(charged), error=error)
+
+
+def carry_out(
+    connection: sa.Connection,
+    moves: Sequence[Move],
+    *,
+    now: datetime,
+    actor: str,
+    job_types: Sequence[str] | None = None,
+) -> list[Outcome]:
+    """Apply moves and write what follows from them: whoever changes a job's status calls this."""
+    outcomes = transitions.apply(connection, moves, now=now, actor=actor, job_types=job_types)
+    _tell(connection, (o for o in outcomes if isinstance(o, Applied)), now=now)
+    return outcomes
+
+
+def _tell(connection: sa.Connection, applied: Iterable[Applied], *, now: datetime) -> None:
+    """Write the webhook messages of the jobs that ended."""
+    ends = {a.row["id"]: a for a in applied if a.row["webhook_url"] and a.status in EVENT_OF}
+    if not ends:
+        return
+    rows = connection.execute(sa.select(models.jobs).where(models.jobs.c.id.in_(ends))).mappings()
+    messages = []
+    for row in rows:
+        end = ends[row["id"]]
+        event = EVENT_OF[end.status]
+        if event in (row["webhook_events"] or DEFAULT_WEBHOOK_EVENTS):
+            messages.append(
+                EndedJob(
+                    tenant_id=row["tenant_id"],
+                    job_id=row["id"],
+                    job_seq=end.row["event_seq"],
+                    event_type=event,
+                    url=row["webhook_url"],
+                    data=webhook_data(row),
+                    created_by=row["created_by"],
+                )
+            )
+    if messages:
+        record(connection, messages, now=now)
+
+
+def webhook_data(row: sa.RowMapping) -> dict[str, Any]:
+    """What a receiver learns of a job: its answer from `GET /jobs/{id}`, without parameters and traceback."""
+    data = view(row)
+    job_id = data.pop("id")
+    for name in ("parameters", "webhook_delivered", "webhook_attempts", "cancelling", "worker"):
+        data.pop(name)
+    if data["error"]:
+        data["error"] = data["error"] | {"traceback": None}
+    return {"job_id": job_id, **data}

@@ -1,0 +1,217 @@
+"""Reads: a job as callers see it, pages of jobs, what the queues look like."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import sqlalchemy as sa
+
+from laneway import models
+from laneway.domain.spec import Priority
+from laneway.domain.states import FINAL, JobStatus
+from laneway.errors import InvalidCursor
+
+j = models.jobs.c
+MAX_COUNTED = 10_000
+
+_PLAIN = (
+    "id",
+    "tenant_id",
+    "created_by",
+    "job_type",
+    "parameters",
+    "queue",
+    "priority",
+    "title",
+    "description",
+    "tags",
+    "metadata",
+    "status",
+    "status_reason",
+    "progress",
+    "progress_message",
+    "progress_details",
+    "result",
+    "error",
+    "attempt",
+    "retry_count",
+    "max_retries",
+    "retry_delay_seconds",
+    "retry_backoff",
+    "retry_max_delay_seconds",
+    "retry_jitter",
+    "timeout_seconds",
+    "unique_key",
+    "webhook_url",
+    "webhook_events",
+    "webhook_delivered",
+    "webhook_attempts",
+    "dead_letter_reason",
+    "cancelled_by",
+)
+_MOMENTS = (
+    "created_at",
+    "updated_at",
+    "scheduled_for",
+    "expires_at",
+    "queued_at",
+    "started_at",
+    "finished_at",
+    "next_retry_at",
+)
+
+
+def stamp(moment: datetime | None) -> str | None:
+    """RFC 3339, UTC, microseconds, `Z`."""
+    if moment is None:
+        return None
+    return moment.astimezone(UTC).replace(tzinfo=None).isoformat(timespec="microseconds") + "Z"
+
+
+def view(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A job as the API answers it (docs/reference/http.md), from a row of `jobs`."""
+    seen = {name: row[name] for name in _PLAIN}
+    for name in _MOMENTS:
+        seen[name] = stamp(row[name])
+    cancelled = row["status"] == JobStatus.CANCELLED
+    seen["cancelled_at"] = seen["finished_at"] if cancelled else None
+    seen["cancelling"] = row["cancel_requested_at"] is not None and row["finished_at"] is None
+    seen["worker"] = row["worker_id"]
+    return seen
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """Whose rows a read may see: a tenant's, or one subject's of that tenant."""
+
+    tenant_id: str
+    subject: str | None = None
+
+    def clauses(self) -> list[sa.ColumnElement[bool]]:
+        mine = [j.tenant_id == self.tenant_id]
+        return mine if self.subject is None else [*mine, j.created_by == self.subject]
+
+
+def find_job(connection: sa.Connection, job_id: str, scope: Scope) -> sa.RowMapping | None:
+    """The row, or None when it does not exist for this scope."""
+    return (
+        connection.execute(sa.select(models.jobs).where(j.id == job_id, *scope.clauses())).mappings().first()
+    )
+
+
+def find_active(connection: sa.Connection, tenant_id: str, unique_key: str) -> sa.RowMapping | None:
+    """The active job of a tenant that holds `unique_key`."""
+    active = sa.select(models.jobs).where(
+        j.tenant_id == tenant_id, j.unique_key == unique_key, j.finished_at.is_(None)
+    )
+    return connection.execute(active).mappings().first()
+
+
+@dataclass(frozen=True, slots=True)
+class JobFilter:
+    """Equality filters of `GET /jobs`; None means any."""
+
+    statuses: tuple[JobStatus, ...] = ()
+    job_type: str | None = None
+    queue: str | None = None
+    priority: Priority | None = None
+    created_after: datetime | None = None
+    created_before: datetime | None = None
+
+    def clauses(self) -> list[sa.ColumnElement[bool]]:
+        wanted: list[sa.ColumnElement[bool]] = []
+        if self.statuses:
+            wanted.append(j.status.in_([status.value for status in self.statuses]))
+        for column, value in (
+            (j.job_type, self.job_type),
+            (j.queue, self.queue),
+            (j.priority, self.priority),
+        ):
+            if value is not None:
+                wanted.append(column == str(value))
+        if self.created_after is not None:
+            wanted.append(j.created_at > self.created_after)
+        if self.created_before is not None:
+            wanted.append(j.created_at < self.created_before)
+        return wanted
+
+
+def page_of_jobs(
+    connection: sa.Connection, scope: Scope, wanted: JobFilter, *, limit: int, before: str | None
+) -> tuple[list[sa.RowMapping], bool]:
+    """At most `limit` jobs, newest first, and whether more follow. `before` is the last id of the page before."""
+    query = (
+        sa.select(models.jobs)
+        .where(*scope.clauses(), *wanted.clauses())
+        .order_by(j.id.desc())
+        .limit(limit + 1)
+    )
+    if before is not None:
+        query = query.where(j.id < before)
+    rows = list(connection.execute(query).mappings())
+    return rows[:limit], len(rows) > limit
+
+
+def encode_cursor(last_id: str, wanted: JobFilter) -> str:
+    """An opaque place in a list, bound to its filters."""
+    text = json.dumps([last_id, _fingerprint(wanted)])
+    return base64.urlsafe_b64encode(text.encode()).decode().rstrip("=")
+
+
+def decode_cursor(cursor: str, wanted: JobFilter) -> str:
+    """The id a cursor stands for. Raises InvalidCursor when it is bent or was made for other filters."""
+    try:
+        last_id, fingerprint = json.loads(base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)))
+    except (ValueError, binascii.Error, TypeError):
+        raise InvalidCursor from None
+    if fingerprint != _fingerprint(wanted) or not isinstance(last_id, str):
+        raise InvalidCursor
+    return last_id
+
+
+def _fingerprint(wanted: JobFilter) -> str:
+    return repr(wanted)
+
+
+def events_after(connection: sa.Connection, job_id: str, seq: int) -> Sequence[sa.RowMapping]:
+    """The job's transitions after `seq`, in order."""
+    e = models.job_events
+    return (
+        connection.execute(sa.select(e).where(e.c.job_id == job_id, e.c.seq > seq).order_by(e.c.seq))
+        .mappings()
+        .all()
+    )
+
+
+def lane_state(
+    connection: sa.Connection, lanes: Sequence[str], *, now: datetime
+) -> dict[str, dict[str, Any]]:
+    """Per lane: rows queued (counted up to MAX_COUNTED) and the age in seconds of the oldest."""
+    states: dict[str, dict[str, Any]] = {}
+    for lane in lanes:
+        queued = sa.select(j.queued_at).where(j.lane == lane, j.status == JobStatus.QUEUED)
+        oldest = connection.execute(queued.order_by(j.queued_at, j.id).limit(1)).scalar()
+        some = queued.limit(MAX_COUNTED).subquery()
+        count = connection.execute(sa.select(sa.func.count()).select_from(some)).scalar_one()
+        age = max(0.0, (now - oldest).total_seconds()) if oldest is not None else None
+        states[lane] = {"queued": count, "oldest_age_seconds": age}
+    return states
+
+
+def status_counts(connection: sa.Connection, tenant_id: str) -> dict[str, int]:
+    """A tenant's active jobs by status, each counted up to MAX_COUNTED."""
+    counts: dict[str, int] = {}
+    for status in JobStatus:
+        if status in FINAL:
+            continue
+        some = (
+            sa.select(j.id).where(j.tenant_id == tenant_id, j.status == status).limit(MAX_COUNTED).subquery()
+        )
+        counts[status] = connection.execute(sa.select(sa.func.count()).select_from(some)).scalar_one()
+    return counts

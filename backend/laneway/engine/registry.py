@@ -1,0 +1,205 @@
+"""Job types: a name from a request, the function it stands for, and what may be passed to it.
+
+A request names a type; only what was registered in this process can be found. Modules register their
+types when they are imported (`LANEWAY_TASKS`, or the entry-point group `laneway.tasks`).
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import MISSING, dataclass, fields
+from functools import cached_property
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any, ClassVar, TypeVar, get_type_hints
+
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+
+from laneway.domain.spec import DEFAULT_QUEUE, JOB_TYPE_PATTERN, Priority
+from laneway.errors import FieldError, InvalidParameters, JobTypeNotFound
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+INJECTED = ("job", "progress_callback")
+"""Parameters a function may declare to be handed them; they are no parameters of the job."""
+
+SHIPPED = ("laneway.handlers.demo",)
+
+
+@dataclass(frozen=True)
+class JobType:
+    """One registered function, with the defaults of the jobs that run it."""
+
+    name: str
+    function: Callable[..., Any]
+    queue: str = DEFAULT_QUEUE
+    priority: Priority = Priority.NORMAL
+    max_retries: int = 3
+    retry_delay_seconds: float = 120.0
+    retry_backoff: float = 2.0
+    retry_jitter: bool = True
+    timeout_seconds: int | None = None
+
+    DEFAULTED: ClassVar[tuple[str, ...]] = (
+        "queue",
+        "priority",
+        "max_retries",
+        "retry_delay_seconds",
+        "retry_backoff",
+        "retry_jitter",
+        "timeout_seconds",
+    )
+
+    def differs(self, default: str) -> bool:
+        """Whether this type sets that default otherwise than a job would on its own."""
+        return getattr(self, default) != _OWN_DEFAULTS[default]
+
+    @cached_property
+    def is_async(self) -> bool:
+        return inspect.iscoroutinefunction(self.function)
+
+    @cached_property
+    def injected(self) -> tuple[str, ...]:
+        parameters = inspect.signature(self.function).parameters
+        return tuple(name for name in INJECTED if name in parameters)
+
+    @cached_property
+    def model(self) -> type[BaseModel]:
+        """The function's parameters as a pydantic model: its JSON Schema, and its check of a call."""
+        signature = inspect.signature(self.function)
+        hints = get_type_hints(self.function, include_extras=True)
+        wanted: dict[str, Any] = {}
+        extra: Any = "forbid"
+        for name, parameter in signature.parameters.items():
+            if name in INJECTED or parameter.kind is parameter.VAR_POSITIONAL:
+                continue
+            if parameter.kind is parameter.VAR_KEYWORD:
+                extra = "allow"
+                continue
+            default = ... if parameter.default is parameter.empty else parameter.default
+            wanted[name] = (hints.get(name, Any), default)
+        config = ConfigDict(extra=extra, arbitrary_types_allowed=True, protected_namespaces=())
+        return create_model(f"{self.name} parameters", __config__=config, **wanted)
+
+    @cached_property
+    def schema(self) -> dict[str, Any]:
+        """JSON Schema (2020-12) of the parameters."""
+        return self.model.model_json_schema()
+
+    def check(self, parameters: Mapping[str, Any]) -> None:
+        """Raise InvalidParameters, with a pointer per wrong field, unless the function can be called so."""
+        try:
+            self.model.model_validate(parameters)
+        except ValidationError as error:
+            raise _invalid(self.name, error) from None
+
+    def arguments(self, parameters: str) -> dict[str, Any]:
+        """The keyword arguments for the function, from the stored JSON text. Raises InvalidParameters."""
+        try:
+            bound = self.model.model_validate_json(parameters)
+        except ValidationError as error:
+            raise _invalid(self.name, error) from None
+        return {name: getattr(bound, name) for name in self.model.model_fields} | (bound.model_extra or {})
+
+
+_OWN_DEFAULTS = {field.name: field.default for field in fields(JobType) if field.default is not MISSING}
+
+
+def _invalid(name: str, error: ValidationError) -> InvalidParameters:
+    errors = tuple(
+        FieldError("/".join(("/parameters", *map(str, item["loc"]))), item["msg"], item["type"])
+        for item in error.errors(include_url=False, include_input=False, include_context=False)
+    )
+    return InvalidParameters(f"{name}: {errors[0].pointer}: {errors[0].detail}", errors=errors)
+
+
+class Registry:
+    """The job types this process knows."""
+
+    def __init__(self) -> None:
+        self._types: dict[str, JobType] = {}
+
+    def __iter__(self) -> Iterator[JobType]:
+        return iter(sorted(self._types.values(), key=lambda known: known.name))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._types
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(sorted(self._types))
+
+    def add(self, job_type: JobType) -> None:
+        """Register a type. Raises ValueError for a bad name, or one that another function has."""
+        if not re.fullmatch(JOB_TYPE_PATTERN, job_type.name) or len(job_type.name) > 100:
+            raise ValueError(f"{job_type.name!r} is not a job type name like 'reports.render'")
+        known = self._types.get(job_type.name)
+        if known is not None and _origin(known.function) != _origin(job_type.function):
+            raise ValueError(
+                f"job type {job_type.name!r} is registered twice: "
+                f"by {_origin(known.function)} and {_origin(job_type.function)}"
+            )
+        self._types[job_type.name] = job_type
+
+    def get(self, name: str) -> JobType | None:
+        return self._types.get(name)
+
+    def need(self, name: str) -> JobType:
+        """The type, or JobTypeNotFound."""
+        known = self._types.get(name)
+        if known is None:
+            raise JobTypeNotFound(f"there is no job type {name!r}", job_type=name)
+        return known
+
+
+def _origin(function: Callable[..., Any]) -> str:
+    return f"{function.__module__}.{function.__qualname__}"
+
+
+registry = Registry()
+
+
+def background_job(
+    name: str | None = None,
+    *,
+    queue: str = DEFAULT_QUEUE,
+    priority: str = "normal",
+    max_retries: int = 3,
+    retry_delay_seconds: float = 120.0,
+    exponential_backoff: bool = True,
+    retry_jitter: bool = True,
+    timeout_seconds: int | None = None,
+) -> Callable[[F], F]:
+    """Register a plain or `async` function as a job type; the function itself stays as it is.
+
+    `name` is what requests say (default: `module.function`, lower case) and what rows keep, so it should
+    not change. The rest are defaults for jobs that do not say otherwise.
+    """
+
+    def register(function: F) -> F:
+        job_type = JobType(
+            name=name or f"{function.__module__.rpartition('.')[2]}.{function.__name__}".lower(),
+            function=function,
+            queue=queue,
+            priority=Priority(priority),
+            max_retries=max_retries,
+            retry_delay_seconds=retry_delay_seconds,
+            retry_backoff=2.0 if exponential_backoff else 1.0,
+            retry_jitter=retry_jitter,
+            timeout_seconds=timeout_seconds,
+        )
+        registry.add(job_type)
+        return function
+
+    return register
+
+
+def load(modules: Iterable[str]) -> Registry:
+    """Import what ships, what `modules` names, and every `laneway.tasks` entry point; returns the registry."""
+    for module in (*SHIPPED, *modules):
+        import_module(module)
+    for point in entry_points(group="laneway.tasks"):
+        point.load()
+    return registry

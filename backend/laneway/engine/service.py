@@ -1,0 +1,352 @@
+"""The operations, in the order of a job's life: one method, one operation, one transaction.
+
+Redis is told after the commit and may be away: the reconciler rings again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import sqlalchemy as sa
+
+from laneway import models
+from laneway.clock import Clock, SystemClock, new_id
+from laneway.db import Database
+from laneway.domain.payload import to_json
+from laneway.domain.spec import JobSpec
+from laneway.domain.states import FINAL, JobStatus
+from laneway.engine import queries
+from laneway.engine.callers import Caller, Role
+from laneway.engine.group_commit import commit_each
+from laneway.engine.outcomes import carry_out
+from laneway.engine.queries import JobFilter, Scope
+from laneway.engine.registry import JobType, Registry
+from laneway.engine.transitions import Applied, Cancel, NewJob, create
+from laneway.errors import (
+    FieldError,
+    IllegalTransition,
+    JobNotFound,
+    NotFinished,
+    UniqueKeyTaken,
+    UnknownJobType,
+)
+from laneway.lanes.backend import EndedRun, LaneBackend, LanesUnavailable
+from laneway.lanes.live import News, Silence
+from laneway.log import get_logger
+from laneway.settings import Settings
+from laneway.webhooks.guard import Policy, check_url
+
+MAX_METADATA_BYTES = 16 * 1024
+
+log = get_logger("service")
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A checked request: the row to be, and the JSON objects it was made of."""
+
+    row: NewJob
+    spec: JobSpec
+
+
+@dataclass(frozen=True, slots=True)
+class CancelAnswer:
+    """What a cancel did: `job` as it is now; `done` False while a running handler is asked to stop."""
+
+    job: dict[str, Any]
+    done: bool
+
+
+class JobService:
+    """What may be asked of jobs. Synchronous; safe to use from many threads."""
+
+    def __init__(
+        self,
+        database: Database,
+        lanes: LaneBackend,
+        settings: Settings,
+        registry: Registry,
+        *,
+        news: News | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        self.database = database
+        self.lanes = lanes
+        self.settings = settings
+        self.registry = registry
+        self.news = news or Silence()
+        self.clock = clock or SystemClock()
+        self._webhook_policy = Policy.from_settings(settings)
+
+    # Making jobs
+
+    def prepare(self, spec: JobSpec, caller: Caller) -> Prepared:
+        """Check a request against its job type and every limit, without I/O.
+
+        Raises UnknownJobType, InvalidParameters, InvalidPayload, PayloadTooLarge, WebhookUrlRefused.
+        """
+        job_type = self.registry.get(spec.job_type)
+        if job_type is None:
+            detail = f"there is no job type {spec.job_type!r}; GET /job-types lists them"
+            raise UnknownJobType(detail, errors=(FieldError("/job_type", detail, "unknown_job_type"),))
+        spec = _with_defaults(spec, job_type)
+        parameters = to_json(spec.parameters)
+        job_type.check(spec.parameters)
+        if spec.webhook_url is not None:
+            spec = spec.model_copy(
+                update={"webhook_url": check_url(spec.webhook_url, self._webhook_policy).url}
+            )
+        now = self.clock.now()
+        starts_at = spec.starts_at(now)
+        row = NewJob(
+            id=new_id(),
+            tenant_id=caller.tenant_id,
+            created_by=caller.subject,
+            job_type=spec.job_type,
+            parameters=parameters,
+            queue=spec.queue,
+            priority=spec.priority.value,
+            lane=spec.lane,
+            title=spec.title,
+            description=spec.description,
+            tags=to_json(list(spec.tags), what="tags") if spec.tags else "[]",
+            metadata=to_json(spec.metadata, what="metadata", max_bytes=MAX_METADATA_BYTES)
+            if spec.metadata
+            else "{}",
+            scheduled_for=starts_at,
+            expires_at=spec.expires_at,
+            timeout_seconds=spec.timeout_seconds or self.settings.job_timeout_seconds,
+            max_retries=spec.max_retries,
+            retry_delay_seconds=spec.retry_delay_seconds,
+            retry_backoff=spec.retry_backoff,
+            retry_max_delay_seconds=spec.retry_max_delay_seconds,
+            retry_jitter=spec.retry_jitter,
+            unique_key=spec.unique_key,
+            webhook_url=spec.webhook_url,
+            webhook_events=to_json(list(spec.webhook_events)) if spec.webhook_events else None,
+            status=JobStatus.QUEUED.value if starts_at is None else JobStatus.SCHEDULED.value,
+            queued_at=now if starts_at is None else None,
+        )
+        return Prepared(row, spec)
+
+    def enqueue(self, prepared: Sequence[Prepared]) -> list[dict[str, Any] | Exception]:
+        """Write jobs in one transaction, then ring their lanes in one round trip.
+
+        One answer a job, in order: the job, the active one that holds its unique key, or the error of that
+        job alone. Returns after the commit: what is answered is kept.
+        """
+        answers = commit_each(self._create, prepared)
+        made = [
+            (p.row.lane, p.row.id)
+            for p, answer in zip(prepared, answers, strict=True)
+            if not isinstance(answer, Exception) and answer["id"] == p.row.id and p.row.queued_at is not None
+        ]
+        self.ring(made)
+        return answers
+
+    def _create(self, prepared: Sequence[Prepared]) -> list[dict[str, Any]]:
+        now = self.clock.now()
+        answers: list[dict[str, Any]] = []
+        with self.database.write() as connection:
+            for p, made in zip(prepared, create(connection, [p.row for p in prepared], now=now), strict=True):
+                answers.append(_new_view(p, now) if made else _holder(connection, p))
+        return answers
+
+    def ring(self, items: Sequence[tuple[str, str]]) -> None:
+        """Push `(lane, job id)` pairs, best effort: what fails here is rung again by the reconciler."""
+        if not items:
+            return
+        try:
+            self.lanes.push(items)
+        except LanesUnavailable as error:
+            log.warning("push_failed", jobs=len(items), error=str(error))
+
+    # Looking at jobs
+
+    def get(self, job_id: str, caller: Caller) -> dict[str, Any]:
+        """The job. Raises JobNotFound, also for what the caller may not see."""
+        with self.database.read() as connection:
+            return queries.view(self._find(connection, job_id, caller))
+
+    def version(self, job_id: str, caller: Caller) -> tuple[int, JobStatus]:
+        """The job's version and status. Raises JobNotFound."""
+        with self.database.read() as connection:
+            row = self._find(connection, job_id, caller)
+            return row["version"], JobStatus(row["status"])
+
+    def get_versioned(self, job_id: str, caller: Caller) -> tuple[dict[str, Any], int]:
+        """The job and its version, which grows with each visible change. Raises JobNotFound."""
+        with self.database.read() as connection:
+            row = self._find(connection, job_id, caller)
+            return queries.view(row), row["version"]
+
+    def result(self, job_id: str, caller: Caller) -> dict[str, Any]:
+        """`id`, `status`, `result` and `error` of an ended job. Raises JobNotFound, NotFinished."""
+        job = self.get(job_id, caller)
+        if job["status"] not in FINAL:
+            raise NotFinished(f"the job is {job['status']}", current_status=job["status"])
+        return {name: job[name] for name in ("id", "status", "result", "error", "finished_at")}
+
+    def page(
+        self, caller: Caller, wanted: JobFilter, *, limit: int, cursor: str | None, mine: bool
+    ) -> tuple[list[dict[str, Any]], str | None]:
+        """Jobs, newest first, and the cursor of the next page. Raises InvalidCursor."""
+        before = queries.decode_cursor(cursor, wanted) if cursor else None
+        scope = Scope(caller.tenant_id, caller.subject) if mine else _scope(caller)
+        with self.database.read() as connection:
+            rows, more = queries.page_of_jobs(connection, scope, wanted, limit=limit, before=before)
+        following = queries.encode_cursor(rows[-1]["id"], wanted) if more else None
+        return [queries.view(row) for row in rows], following
+
+    def events(self, job_id: str, caller: Caller, *, after: int = 0) -> Sequence[Mapping[str, Any]]:
+        """The job's transitions with a `seq` above `after`. Raises JobNotFound."""
+        with self.database.read() as connection:
+            self._find(connection, job_id, caller)
+            return queries.events_after(connection, job_id, after)
+
+    def _find(self, connection: sa.Connection, job_id: str, caller: Caller) -> sa.RowMapping:
+        row = queries.find_job(connection, job_id, _scope(caller))
+        if row is None:
+            raise JobNotFound(f"there is no job {job_id}", job_id=job_id)
+        return row
+
+    # Stopping jobs
+
+    def cancel(
+        self,
+        job_id: str,
+        caller: Caller,
+        *,
+        reason: str | None = None,
+        terminate: bool = False,
+        grace_seconds: float | None = None,
+    ) -> CancelAnswer:
+        """End a waiting job, or ask a running one to stop; asking twice is no error.
+
+        A running handler sees the wish in `check_cancelled()`; one that goes on is killed after
+        `grace_seconds` (default: the setting), or at once with `terminate`.
+        Raises JobNotFound, IllegalTransition for a job that has ended otherwise.
+        """
+        now = self.clock.now()
+        with self.database.write() as connection:
+            self._find(connection, job_id, caller)
+            move = Cancel(job_id, by=caller.subject, reason=reason)
+            outcome = carry_out(connection, [move], now=now, actor=caller.subject)[0]
+            if not isinstance(outcome, Applied) and outcome.status is JobStatus.RUNNING:
+                _wish(
+                    connection,
+                    job_id,
+                    caller,
+                    now=now,
+                    reason=reason,
+                    terminate=terminate,
+                    grace=grace_seconds,
+                )
+            row = self._find(connection, job_id, caller)
+        job = queries.view(row)
+        if job["status"] in FINAL and job["status"] != JobStatus.CANCELLED:
+            raise IllegalTransition(f"the job is {job['status']}", current_status=job["status"])
+        done = job["status"] == JobStatus.CANCELLED
+        if done:
+            self._forget(row["lane"], job_id)
+        else:
+            self.news.wished()
+        self.news.changed([job_id])
+        if row["webhook_url"]:
+            self.news.ring_courier()
+        return CancelAnswer(job, done)
+
+    def _forget(self, lane: str, job_id: str) -> None:
+        try:
+            self.lanes.remove(lane, [job_id])
+            self.lanes.mirror_ended([EndedRun(lane, job_id, JobStatus.CANCELLED)])
+        except LanesUnavailable:
+            pass  # the id is harmless: no claim can take a cancelled row
+
+    # Queues
+
+    def queue_state(self, lanes: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """Per lane: rows queued, ids in Redis (None when it is away), age of the oldest in seconds."""
+        with self.database.read() as connection:
+            states = queries.lane_state(connection, lanes, now=self.clock.now())
+        try:
+            depths: Mapping[str, int | None] = self.lanes.depths(lanes)
+        except LanesUnavailable:
+            depths = {}
+        return {lane: state | {"depth": depths.get(lane)} for lane, state in states.items()}
+
+
+def _scope(caller: Caller) -> Scope:
+    return Scope(caller.tenant_id, caller.subject if caller.role is Role.USER else None)
+
+
+def _with_defaults(spec: JobSpec, job_type: JobType) -> JobSpec:
+    """The spec with the job type's defaults where the request said nothing."""
+    said = spec.model_fields_set
+    missing = {
+        name: getattr(job_type, name)
+        for name in JobType.DEFAULTED
+        if name not in said and job_type.differs(name)
+    }
+    return spec.model_copy(update=missing) if missing else spec
+
+
+def _new_view(prepared: Prepared, now: datetime) -> dict[str, Any]:
+    """A just-made job as the API answers it, without reading it back."""
+    row, spec = prepared.row, prepared.spec
+    columns: dict[str, Any] = dict.fromkeys(models.jobs.c.keys())
+    columns |= {name: getattr(row, name) for name in NewJob.__slots__}
+    columns |= {
+        "parameters": spec.parameters,
+        "tags": list(spec.tags),
+        "metadata": spec.metadata,
+        "webhook_events": list(spec.webhook_events) if spec.webhook_events else None,
+        "progress": 0,
+        "attempt": 0,
+        "retry_count": 0,
+        "webhook_delivered": False,
+        "webhook_attempts": 0,
+        "created_at": now,
+        "updated_at": now,
+    }
+    return queries.view(columns)
+
+
+def _holder(connection: sa.Connection, prepared: Prepared) -> dict[str, Any]:
+    """The active job that holds the unique key, or UniqueKeyTaken when the request wants that refused."""
+    key = prepared.row.unique_key or ""
+    row = queries.find_active(connection, prepared.row.tenant_id, key)
+    if row is None or prepared.spec.on_conflict == "reject":
+        raise UniqueKeyTaken(f"an active job holds the unique key {key!r}", job_id=row["id"] if row else None)
+    return queries.view(row)
+
+
+def _wish(  # noqa: PLR0917, RUF100
+    connection: sa.Connection,
+    job_id: str,
+    caller: Caller,
+    *,
+    now: datetime,
+    reason: str | None,
+    terminate: bool,
+    grace: float | None,
+) -> None:
+    jobs = models.jobs
+    connection.execute(
+        sa.update(jobs)
+        .where(jobs.c.id == job_id, jobs.c.status == JobStatus.RUNNING)
+        .values(
+            cancel_requested_at=sa.func.coalesce(
+                jobs.c.cancel_requested_at, sa.literal(now, jobs.c.updated_at.type)
+            ),
+            cancel_terminate=sa.or_(jobs.c.cancel_terminate, terminate),
+            cancel_grace_seconds=grace,
+            cancel_reason=reason,
+            cancelled_by=caller.subject,
+            version=jobs.c.version + 1,
+            updated_at=now,
+        )
+    )

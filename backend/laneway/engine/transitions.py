@@ -1,0 +1,436 @@
+"""The only writers of `jobs.status`: batches in, an outcome per move out.
+
+A move is an action asked for one job. `apply` turns all moves of one kind into one guarded UPDATE: the
+WHERE names the statuses that `domain/states.py` allows and, for moves of the lease holder, the attempt
+and the lease token. What the WHERE does not match is not changed, and comes back as `Refused`. Each
+change adds one row to `job_events` in the same transaction. Nothing here commits.
+
+Any number of processes may run this at once. Correctness rests on the row lock of each UPDATE at READ
+COMMITTED (SQLite: on its single writer) and on the CHECK and UNIQUE constraints in `models.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from datetime import datetime
+from functools import cache
+from typing import Any, ClassVar
+
+import sqlalchemy as sa
+
+from laneway.db import Moment, Rows, any_of, listed
+from laneway.domain.states import RULES, Action, JobStatus
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """An action asked for one job. Subclasses add what the action writes."""
+
+    job_id: str
+
+    action: ClassVar[Action]
+    kinds: ClassVar[dict[str, str]] = {"job_id": "id"}  # of the fields, for db.Rows
+    sets: ClassVar[str]  # the SET clause, after what all moves set
+    guard: ClassVar[str] = ""
+
+
+@dataclass(frozen=True, slots=True)
+class HeldMove(Move):
+    """A move of the worker that holds the job. It does nothing once the attempt or the token moved on."""
+
+    attempt: int
+    lease_token: str
+
+    kinds: ClassVar[dict[str, str]] = {"job_id": "id", "attempt": "int", "lease_token": "id"}
+
+
+_LET_GO = "lease_token = NULL, worker_id = NULL"
+
+
+@dataclass(frozen=True, slots=True)
+class Enqueue(Move):
+    """It is due."""
+
+    action = Action.ENQUEUE
+    sets = "queued_at = :now, next_retry_at = NULL, status_reason = NULL"
+
+
+@dataclass(frozen=True, slots=True)
+class Claim(Move):
+    """Take the job: attempt + 1, a lease under `lease_token`. Refused once the job is late or unwanted."""
+
+    lease_token: str
+    worker_id: str
+    at: datetime  # of this job: a batch keeps its order in `started_at`
+
+    action = Action.CLAIM
+    kinds = {"job_id": "id", "lease_token": "id", "worker_id": "id", "at": "moment"}
+    sets = (
+        "attempt = jobs.attempt + 1, lease_token = u.lease_token, worker_id = u.worker_id, started_at = u.at,"
+        " progress = 0, progress_message = NULL, progress_details = NULL"
+    )
+    guard = "jobs.cancel_requested_at IS NULL AND (jobs.expires_at IS NULL OR jobs.expires_at > :now)"
+
+
+@dataclass(frozen=True, slots=True)
+class Complete(HeldMove):
+    """The handler returned; `result` is JSON text."""
+
+    result: str | None = None
+
+    action = Action.COMPLETE
+    kinds = HeldMove.kinds | {"result": "text"}
+    sets = f"progress = 100, result = u.result, error = NULL, finished_at = :now, {_LET_GO}"
+
+
+@dataclass(frozen=True, slots=True)
+class BackOff(HeldMove):
+    """Try again at `next_retry_at`. `charge` 1 uses up a retry; `crash` 1 says that the process died."""
+
+    next_retry_at: datetime
+    charge: int = 1
+    crash: int = 0
+    error: str | None = None
+
+    action = Action.BACK_OFF
+    kinds = HeldMove.kinds | {"next_retry_at": "moment", "charge": "int", "crash": "int", "error": "text"}
+    sets = (
+        "next_retry_at = u.next_retry_at, retry_count = jobs.retry_count + u.charge,"
+        f" crash_count = jobs.crash_count + u.crash, error = u.error, {_LET_GO}"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Fail(HeldMove):
+    """The last attempt failed, or no further one would help: a dead letter, for `reason`."""
+
+    error: str | None = None
+    reason: str = "exhausted"
+    crash: int = 0
+
+    action = Action.FAIL
+    kinds = HeldMove.kinds | {"error": "text", "reason": "text", "crash": "int"}
+    sets = (
+        "error = u.error, dead_letter_reason = u.reason, crash_count = jobs.crash_count + u.crash,"
+        f" finished_at = :now, {_LET_GO}"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class TimeOut(HeldMove):
+    """The last attempt ran out of time."""
+
+    error: str | None = None
+    reason: str = "timeout"
+
+    action = Action.TIME_OUT
+    kinds = HeldMove.kinds | {"error": "text", "reason": "text"}
+    sets = f"error = u.error, dead_letter_reason = u.reason, finished_at = :now, {_LET_GO}"
+
+
+@dataclass(frozen=True, slots=True)
+class Release(HeldMove):
+    """Give the job back unfinished, to its old place in the lane. Charges no retry."""
+
+    crash: int = 0
+    error: str | None = None
+
+    action = Action.RELEASE
+    kinds = HeldMove.kinds | {"crash": "int", "error": "text"}
+    sets = f"crash_count = jobs.crash_count + u.crash, progress = 0, {_LET_GO}"
+
+
+@dataclass(frozen=True, slots=True)
+class Stop(HeldMove):
+    """A running job's cancel, carried out."""
+
+    action = Action.STOP
+    sets = f"finished_at = :now, {_LET_GO}"
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel(Move):
+    """A waiting job will not run."""
+
+    by: str
+    reason: str | None = None
+
+    action = Action.CANCEL
+    kinds = {"job_id": "id", "by": "text", "reason": "text"}
+    sets = (
+        "cancel_requested_at = :now, cancelled_by = u.by, cancel_reason = u.reason,"
+        " next_retry_at = NULL, finished_at = :now"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Expire(Move):
+    """It did not start in time."""
+
+    action = Action.EXPIRE
+    sets = "finished_at = :now"
+    guard = "jobs.expires_at <= :now"
+
+
+@dataclass(frozen=True, slots=True)
+class Retry(Move):
+    """A caller wants an ended job run again. The attempt keeps growing; the allowance starts anew."""
+
+    action = Action.RETRY
+    sets = (
+        "queued_at = :now, finished_at = NULL, result = NULL, error = NULL, dead_letter_reason = NULL,"
+        " retry_count = 0, crash_count = 0, progress = 0, progress_message = NULL, progress_details = NULL,"
+        " cancel_requested_at = NULL, cancelled_by = NULL, cancel_reason = NULL, expires_at = NULL"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ForceComplete(Move):
+    """An admin ends the job. Whoever still runs it is refused when it reports."""
+
+    result: str | None = None
+    reason: str | None = None
+
+    action = Action.FORCE_COMPLETE
+    kinds = {"job_id": "id", "result": "text", "reason": "text"}
+    sets = (
+        "progress = 100, result = u.result, error = NULL, dead_letter_reason = NULL, next_retry_at = NULL,"
+        f" finished_at = :now, {_LET_GO}"
+    )
+
+
+MOVES: tuple[type[Move], ...] = (
+    Enqueue,
+    Claim,
+    Complete,
+    BackOff,
+    Fail,
+    TimeOut,
+    Release,
+    Stop,
+    Cancel,
+    Expire,
+    Retry,
+    ForceComplete,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """The move changed the row. `row` has what the next steps need (see `RETURNED`, and CLAIMED for claims)."""
+
+    move: Move
+    row: sa.RowMapping
+
+    @property
+    def status(self) -> JobStatus:
+        return RULES[self.move.action].target
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The move changed nothing: the job is unknown (`status` None) or has moved on."""
+
+    move: Move
+    status: JobStatus | None
+    attempt: int | None
+
+
+Outcome = Applied | Refused
+
+RETURNED = ("id", "tenant_id", "lane", "event_seq", "attempt", "webhook_url")
+CLAIMED = (
+    *RETURNED,
+    "job_type",
+    "parameters",
+    "timeout_seconds",
+    "retry_count",
+    "crash_count",
+    "max_retries",
+    "retry_delay_seconds",
+    "retry_backoff",
+    "retry_max_delay_seconds",
+    "retry_jitter",
+)
+_IDS = frozenset({"id", "tenant_id"})
+
+_EVENTS = Rows(
+    job_id="id",
+    seq="int",
+    tenant_id="id",
+    action="text",
+    status="text",
+    attempt="int",
+    actor="text",
+    reason="text",
+    error="text",
+)
+
+
+@cache
+def _update(kind: type[Move], dialect: str, known_types: bool) -> tuple[sa.TextClause, Rows]:
+    rule = RULES[kind.action]
+    sources = ", ".join(f"'{status.value}'" for status in sorted(rule.sources))
+    # COALESCE hides the status from the planner: right after a burst its statistics say that hardly a row
+    # is queued, and it would read the whole partial index of queued rows instead of these by their key.
+    guards = ["jobs.id = u.job_id", f"COALESCE(jobs.status, '') IN ({sources})"]
+    if issubclass(kind, HeldMove):
+        guards += ["jobs.attempt = u.attempt", "jobs.lease_token = u.lease_token"]
+    if kind.guard:
+        guards.append(kind.guard)
+    if known_types:
+        guards.append(f"jobs.job_type IN {any_of(dialect, 'job_types')}")
+    columns = CLAIMED if kind is Claim else RETURNED
+    # Ids come back as text on both stores; JSON stays text, since whoever runs the job parses it.
+    returned = ", ".join(f"CAST(jobs.{c} AS text) AS {c}" if c in _IDS else f"jobs.{c}" for c in columns)
+    rows = Rows(**{field.name: kind.kinds[field.name] for field in fields(kind)})
+    sql = (
+        f"UPDATE jobs SET status = '{rule.target.value}', event_seq = jobs.event_seq + 1,"  # noqa: S608
+        f" version = jobs.version + 1, updated_at = :now, {kind.sets}"
+        f" FROM {rows.sql(dialect)} WHERE {' AND '.join(guards)} RETURNING {returned}"
+    )
+    return sa.text(sql).bindparams(sa.bindparam("now", type_=Moment)), rows
+
+
+@cache
+def _insert_events(dialect: str) -> sa.TextClause:
+    columns = ", ".join(_EVENTS.columns)
+    return sa.text(
+        f"INSERT INTO job_events ({columns}, at)"  # noqa: S608
+        f" SELECT {columns}, :now FROM {_EVENTS.sql(dialect)}"
+    ).bindparams(sa.bindparam("now", type_=Moment))
+
+
+def apply(
+    connection: sa.Connection,
+    moves: Sequence[Move],
+    *,
+    now: datetime,
+    actor: str,
+    job_types: Sequence[str] | None = None,
+) -> list[Outcome]:
+    """Make every move that the table allows; the outcomes come in the order of the moves.
+
+    Of several moves of one kind for one job the first counts. `job_types` narrows claims to jobs their
+    worker can run: others stay queued for a worker that knows them.
+    """
+    dialect = connection.dialect.name
+    won: dict[int, Applied] = {}
+    events: list[tuple[Any, ...]] = []
+    by_kind: dict[type[Move], dict[str, int]] = {}
+    for index, move in enumerate(moves):
+        by_kind.setdefault(type(move), {}).setdefault(move.job_id, index)
+    for kind, places in by_kind.items():
+        known = kind is Claim and job_types is not None
+        statement, rows = _update(kind, dialect, known)
+        chosen = [moves[index] for index in places.values()]
+        parameters = rows.bind(dialect, [tuple(getattr(m, name) for name in rows.columns) for m in chosen])
+        if known:
+            parameters["job_types"] = listed(dialect, job_types or ())
+        rule = RULES[kind.action]
+        for row in connection.execute(statement, {"now": now, **parameters}).mappings():
+            index = places[row["id"]]
+            move = moves[index]
+            won[index] = Applied(move, row)
+            events.append(
+                (
+                    row["id"],
+                    row["event_seq"],
+                    row["tenant_id"],
+                    kind.action.value,
+                    rule.target.value,
+                    row["attempt"],
+                    getattr(move, "by", actor),
+                    getattr(move, "reason", None),
+                    getattr(move, "error", None),
+                )
+            )
+    if events:
+        connection.execute(_insert_events(dialect), {"now": now, **_EVENTS.bind(dialect, events)})
+    if len(won) == len(moves):
+        return [won[index] for index in range(len(moves))]
+    found = _where_they_are(connection, [m.job_id for i, m in enumerate(moves) if i not in won])
+    return [won.get(i) or Refused(m, *found.get(m.job_id, (None, None))) for i, m in enumerate(moves)]
+
+
+def _where_they_are(connection: sa.Connection, ids: Iterable[str]) -> dict[str, tuple[JobStatus, int]]:
+    dialect = connection.dialect.name
+    statement = sa.text(
+        f"SELECT CAST(id AS text), status, attempt FROM jobs WHERE id IN {any_of(dialect, 'ids', kind='id')}"  # noqa: S608
+    )
+    rows = connection.execute(statement, {"ids": listed(dialect, sorted(set(ids)))})
+    return {job_id: (JobStatus(status), attempt) for job_id, status, attempt in rows}
+
+
+@dataclass(frozen=True, slots=True)
+class NewJob:
+    """A row to be. JSON fields are text already; `status` is scheduled or queued."""
+
+    id: str
+    tenant_id: str
+    created_by: str
+    job_type: str
+    parameters: str
+    queue: str
+    priority: str
+    lane: str
+    title: str | None
+    description: str | None
+    tags: str
+    metadata: str
+    scheduled_for: datetime | None
+    expires_at: datetime | None
+    timeout_seconds: int
+    max_retries: int
+    retry_delay_seconds: float
+    retry_backoff: float
+    retry_max_delay_seconds: float
+    retry_jitter: bool
+    unique_key: str | None
+    webhook_url: str | None
+    webhook_events: str | None
+    status: str
+    queued_at: datetime | None
+
+
+_NEW_KINDS = {
+    "id": "id",
+    "tenant_id": "id",
+    "scheduled_for": "moment",
+    "expires_at": "moment",
+    "queued_at": "moment",
+    "timeout_seconds": "int",
+    "max_retries": "int",
+    "retry_delay_seconds": "float",
+    "retry_backoff": "float",
+    "retry_max_delay_seconds": "float",
+    "retry_jitter": "bool",
+}
+_NEW = Rows(**{field.name: _NEW_KINDS.get(field.name, "text") for field in fields(NewJob)})
+
+
+@cache
+def _insert_jobs(dialect: str) -> sa.TextClause:
+    columns = ", ".join(_NEW.columns)
+    return sa.text(
+        f"INSERT INTO jobs ({columns}, event_seq, created_at, updated_at)"  # noqa: S608
+        f" SELECT {columns}, 1, :now, :now FROM {_NEW.sql(dialect)} WHERE true"
+        " ON CONFLICT (tenant_id, unique_key) WHERE unique_key IS NOT NULL AND finished_at IS NULL DO NOTHING"
+        " RETURNING CAST(id AS text)"
+    ).bindparams(sa.bindparam("now", type_=Moment))
+
+
+def create(connection: sa.Connection, jobs: Sequence[NewJob], *, now: datetime) -> list[str | None]:
+    """Insert rows and their first events; the id of each, or None where an active job holds its unique key."""
+    dialect = connection.dialect.name
+    rows = [tuple(getattr(job, name) for name in _NEW.columns) for job in jobs]
+    made = set(connection.execute(_insert_jobs(dialect), {"now": now, **_NEW.bind(dialect, rows)}).scalars())
+    events = [
+        (job.id, 1, job.tenant_id, "create", job.status, 0, job.created_by, None, None)
+        for job in jobs
+        if job.id in made
+    ]
+    if events:
+        connection.execute(_insert_events(dialect), {"now": now, **_EVENTS.bind(dialect, events)})
+    return [job.id if job.id in made else None for job in jobs]

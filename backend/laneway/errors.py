@@ -1,0 +1,179 @@
+"""Every error Laneway raises on purpose.
+
+    LanewayError                   code, HTTP status, facts
+    ├── BadRequest            400  cannot be read at all
+    ├── Unauthenticated       401
+    ├── Forbidden             403  known caller, missing right
+    ├── NotFound              404  also for what belongs to another tenant
+    │   ├── JobNotFound
+    │   └── JobTypeNotFound
+    ├── Conflict              409  the state does not allow it; facts.current_status
+    │   ├── IllegalTransition
+    │   ├── NotFinished
+    │   └── UniqueKeyTaken
+    ├── PayloadTooLarge       413
+    ├── Unprocessable         422  readable, and wrong; `errors` points at the fields
+    │   ├── InvalidParameters
+    │   ├── InvalidPayload
+    │   ├── UnknownJobType
+    │   └── WebhookUrlRefused
+    ├── RateLimited           429
+    └── Unavailable           503  nothing was accepted; try again
+
+A handler answers by raising: PermanentError, TransientError, Retry, Snooze. JobCancelled and
+JobTimeout derive from BaseException, so that `except Exception` in a handler cannot swallow them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+
+@dataclass(frozen=True, slots=True)
+class FieldError:
+    """One wrong field: `pointer` is a JSON Pointer (RFC 6901) into the request body."""
+
+    pointer: str
+    detail: str
+    code: str
+
+
+class LanewayError(Exception):
+    """The root. `code` is for programs and never changes; the message is for people and may.
+
+    `facts` are safe to show to the caller. `retry_after_seconds` becomes a Retry-After header.
+    """
+
+    code: ClassVar[str] = "internal_error"
+    status: ClassVar[int] = 500
+    title: ClassVar[str] = "Internal error"
+
+    def __init__(
+        self,
+        message: str = "",
+        *,
+        errors: tuple[FieldError, ...] = (),
+        retry_after_seconds: int | None = None,
+        **facts: Any,
+    ) -> None:
+        super().__init__(message or self.title)
+        self.errors = errors
+        self.retry_after_seconds = retry_after_seconds
+        self.facts = facts
+
+
+class BadRequest(LanewayError):
+    code, status, title = "bad_request", 400, "The request cannot be read"
+
+
+class InvalidCursor(BadRequest):
+    code, title = "invalid_cursor", "The cursor is bent, or was made for other filters"
+
+
+class Unauthenticated(LanewayError):
+    code, status, title = "unauthenticated", 401, "A valid API key is needed"
+
+
+class Forbidden(LanewayError):
+    code, status, title = "forbidden", 403, "The caller may not do this"
+
+
+class NotFound(LanewayError):
+    code, status, title = "not_found", 404, "There is nothing here"
+
+
+class JobNotFound(NotFound):
+    code, title = "job_not_found", "There is no such job"
+
+
+class JobTypeNotFound(NotFound):
+    code, title = "job_type_not_found", "There is no such job type"
+
+
+class Conflict(LanewayError):
+    code, status, title = "conflict", 409, "The present state does not allow this"
+
+
+class IllegalTransition(Conflict):
+    code, title = "illegal_transition", "The job's status does not allow this action"
+
+
+class NotFinished(Conflict):
+    code, title = "not_finished", "The job has not ended yet"
+
+
+class UniqueKeyTaken(Conflict):
+    code, title = "unique_key_taken", "An active job holds this unique key"
+
+
+class PayloadTooLarge(LanewayError):
+    code, status, title = "payload_too_large", 413, "The payload is too large"
+
+
+class Unprocessable(LanewayError):
+    code, status, title = "invalid_request", 422, "The request is not valid"
+
+
+class InvalidParameters(Unprocessable):
+    code, title = "invalid_parameters", "The parameters do not fit the job type"
+
+
+class InvalidPayload(Unprocessable):
+    code, title = "invalid_payload", "The JSON holds something that cannot be stored"
+
+
+class UnknownJobType(Unprocessable):
+    code, title = "unknown_job_type", "No such job type is registered"
+
+
+class WebhookUrlRefused(Unprocessable):
+    code, title = "webhook_url_refused", "The webhook URL may not be called from here"
+
+
+class RateLimited(LanewayError):
+    code, status, title = "rate_limited", 429, "Too many requests"
+
+
+class Unavailable(LanewayError):
+    code, status, title = "unavailable", 503, "Nothing was accepted; try again later"
+
+
+class StorageUnavailable(Unavailable):
+    code, title = "storage_unavailable", "The database cannot be reached; nothing was accepted"
+
+
+class PermanentError(Exception):
+    """Raised by a handler: another attempt would fail too. The job becomes a dead letter at once."""
+
+
+class TransientError(Exception):
+    """Raised by a handler: try again with the job's backoff."""
+
+
+class Retry(Exception):
+    """Raised by a handler: try again in `in_seconds`. It is charged like any other failed attempt."""
+
+    def __init__(self, in_seconds: float = 0.0, message: str = "") -> None:
+        if in_seconds < 0:
+            raise ValueError("in_seconds must not be negative")
+        super().__init__(message or f"retry in {in_seconds:g} s")
+        self.in_seconds = in_seconds
+
+
+class Snooze(Exception):
+    """Raised by a handler: come back in `in_seconds`. No attempt is charged."""
+
+    def __init__(self, in_seconds: float, message: str = "") -> None:
+        if in_seconds < 0:
+            raise ValueError("in_seconds must not be negative")
+        super().__init__(message or f"snoozed for {in_seconds:g} s")
+        self.in_seconds = in_seconds
+
+
+class JobCancelled(BaseException):
+    """Raised in a handler by `check_cancelled()` once somebody asked the job to stop."""
+
+
+class JobTimeout(BaseException):
+    """Raised in a handler when its `timeout_seconds` are over. A grace later the process is killed."""

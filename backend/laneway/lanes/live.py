@@ -1,0 +1,94 @@
+"""News by Redis pub/sub: only ever an accelerator. Whoever listens also polls."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import redis
+
+from laneway.lanes.rq_lanes import connect
+from laneway.log import get_logger
+
+JOBS_CHANNEL = "laneway:live"
+"""JSON lists of job ids whose rows changed."""
+
+WISHES_CHANNEL = "laneway:wishes"
+"""Anything: a running job was asked to stop, so workers beat now instead of later."""
+
+LISTEN_SECONDS = 5.0
+
+log = get_logger("live")
+
+
+class News(Protocol):
+    """Says what changed. Never raises: news that is lost is found by polling."""
+
+    def changed(self, job_ids: Sequence[str]) -> None: ...
+
+    def wished(self) -> None: ...
+
+    def ring_courier(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class RedisNews:
+    """News over Redis."""
+
+    def __init__(self, redis_url: str, *, courier_channel: str) -> None:
+        self._redis = connect(redis_url, command_seconds=0.5)
+        self._courier_channel = courier_channel
+
+    def changed(self, job_ids: Sequence[str]) -> None:
+        if job_ids:
+            self._publish(JOBS_CHANNEL, json.dumps(list(job_ids)))
+
+    def wished(self) -> None:
+        self._publish(WISHES_CHANNEL, "")
+
+    def ring_courier(self) -> None:
+        self._publish(self._courier_channel, "")
+
+    def close(self) -> None:
+        self._redis.close()
+
+    def _publish(self, channel: str, text: str) -> None:
+        try:
+            self._redis.publish(channel, text)
+        except redis.RedisError:
+            pass  # whoever waits polls
+
+
+class Silence:
+    """No news: for stores without Redis."""
+
+    def changed(self, job_ids: Sequence[str]) -> None:
+        pass
+
+    def wished(self) -> None:
+        pass
+
+    def ring_courier(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def listen(redis_url: str, channel: str, heard: Callable[[str], None], *, stopping: threading.Event) -> None:
+    """Call `heard` with each message on `channel` until `stopping`; reconnects for as long as it takes."""
+    client = connect(redis_url, command_seconds=LISTEN_SECONDS + 2)
+    while not stopping.is_set():
+        try:
+            with client.pubsub(ignore_subscribe_messages=True) as subscription:
+                subscription.subscribe(channel)
+                while not stopping.is_set():
+                    message = subscription.get_message(timeout=LISTEN_SECONDS)
+                    if message is not None:
+                        heard(str(message["data"]))
+        except redis.RedisError:
+            stopping.wait(1.0)
+    client.close()

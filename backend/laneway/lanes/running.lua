@@ -1,0 +1,32 @@
+-- Show jobs as running, to RQ's registries and to the worker's own list.
+-- KEYS  rq:worker:<name>:executions
+-- ARGV  now (seconds), now (ISO), the worker's name, lease in seconds; then for each lane: its name, how many ids, the ids
+-- Reply nothing
+local now, now_iso, worker, lease = tonumber(ARGV[1]), ARGV[2], ARGV[3], tonumber(ARGV[4])
+local at, mine = 5, {}
+while at < #ARGV do
+  local lane, count, entries = ARGV[at], tonumber(ARGV[at + 1]), {}
+  for i = at + 2, at + 1 + count do
+    local id = ARGV[i]
+    local job, run = 'rq:job:' .. id, id .. EXECUTION
+    local status = redis.call('HGET', job, 'status')
+    if status ~= 'started' and status ~= 'queued' then write_job(id, lane, 'started', now_iso) end  -- it never was in a lane
+    redis.call('HSET', job, 'status', 'started', 'worker_name', worker, 'last_heartbeat', now_iso)
+    redis.call('HSETNX', job, 'started_at', now_iso)
+    redis.call('EXPIRE', job, TAKEN_TTL)
+    redis.call('HSETNX', 'rq:execution:' .. run, 'created_at', now)
+    redis.call('HSET', 'rq:execution:' .. run, 'id', string.sub(EXECUTION, 2), 'job_id', id, 'worker_name', worker, 'last_heartbeat', now)
+    redis.call('EXPIRE', 'rq:execution:' .. run, lease)
+    redis.call('ZADD', 'rq:executions:' .. id, now + lease, string.sub(EXECUTION, 2))
+    redis.call('EXPIRE', 'rq:executions:' .. id, lease)
+    entries[#entries + 1] = now + lease
+    entries[#entries + 1] = run
+    mine[#mine + 1] = run
+  end
+  each_part('ZADD', 'rq:wip:' .. lane, entries)
+  redis.call('SADD', 'rq:queues', 'rq:queue:' .. lane)
+  redis.call('ZREMRANGEBYSCORE', 'rq:wip:' .. lane, '-inf', now)
+  at = at + 2 + count
+end
+each_part('SADD', KEYS[1], mine)
+redis.call('EXPIRE', KEYS[1], lease)

@@ -1,0 +1,170 @@
+"""Every knob, once: unit in the name, range in the field, sentence for the reference."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from ipaddress import IPv4Network, IPv6Network, ip_network
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, SecretStr, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+PREFIX = "LANEWAY_"
+
+
+def _split(value: object) -> object:
+    return (
+        tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+    )
+
+
+class Settings(BaseSettings):
+    """Read from the environment: a field's variable is its name in capitals after `LANEWAY_`."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="ignore")
+
+    # Where things are
+    data_dir: Path = Field(
+        Path(".laneway"), description="Folder for the embedded stores, the admin key and the encryption key."
+    )
+    database_url: str = Field(
+        "",
+        description="SQLAlchemy URL of the record: `postgresql://…` or `sqlite:///…`. "
+        "Empty: `laneway.db` in the data folder.",
+    )
+    redis_url: str = Field(
+        "redis://127.0.0.1:6379/0", description="Redis of the lanes: `redis://`, `rediss://`, `unix://`."
+    )
+    tasks: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="Modules with job types, separated by commas. The types that ship are always there."
+    )
+
+    # The API
+    host: str = Field("127.0.0.1", description="Address the API listens on.")
+    port: int = Field(8000, ge=0, le=65535, description="Port the API listens on.")
+    public_url: str = Field(
+        "", description="How clients reach the API; used in links. Empty: relative links."
+    )
+    rate_limits: str = Field(
+        "queue=10/60@user,batch=5/60@user,default=100/60@user",
+        description="Rules `class=quota/seconds@user`, separated by commas; `off` switches the limiter off.",
+    )
+    max_body_bytes: int = Field(1024 * 1024, ge=1024, description="Larger request bodies are answered 413.")
+    streams_per_caller: int = Field(
+        10, ge=1, description="Event streams and long waits one caller may hold open."
+    )
+
+    # Jobs
+    job_timeout_seconds: int = Field(3600, ge=1, description="A job's `timeout_seconds` when it names none.")
+    lane_window: int = Field(
+        10_000, ge=1, description="Ids one lane holds in Redis; the rest waits in the database."
+    )
+    crash_limit: int = Field(
+        3, ge=1, description="A job that killed its process so often becomes a dead letter."
+    )
+
+    # Workers
+    concurrency: int = Field(
+        0, ge=0, le=1024, description="Child processes of one worker; 0 means one a CPU."
+    )
+    lease_seconds: float = Field(30.0, gt=0, description="A worker silent for so long loses its jobs.")
+    beat_seconds: float = Field(
+        5.0, gt=0, description="How often a worker says that it lives; at most lease / 6."
+    )
+    drain_seconds: float = Field(
+        25.0, ge=0, description="What SIGTERM leaves to running jobs before they are released."
+    )
+    cancel_grace_seconds: float = Field(
+        10.0, ge=0, description="What a cancelled handler gets before it is killed."
+    )
+    timeout_grace_seconds: float = Field(
+        5.0, ge=0, description="What a timed-out handler gets before it is killed."
+    )
+    recycle_jobs: int = Field(10_000, ge=1, description="A child is replaced after so many jobs.")
+    poll_seconds: float = Field(
+        1.0, gt=0, description="How often an idle worker looks without having been called."
+    )
+    tick_seconds: float = Field(1.0, gt=0, description="How often the scheduler runs its sweeps.")
+
+    # Webhooks
+    webhook_allow_http: bool = Field(False, description="Also deliver to `http://` targets.")
+    webhook_allowed_cidrs: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Private networks webhooks may reach, separated by commas. Metadata addresses stay closed.",
+    )
+    webhook_allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="Host names webhooks may reach although they look internal."
+    )
+    webhook_allowed_ports: Annotated[tuple[str, ...], NoDecode] = Field(
+        ("443", "8443"),
+        description="Ports webhooks may reach besides the scheme's own; `*`: all but known services.",
+    )
+    webhook_timeout_seconds: float = Field(
+        10.0, gt=0, le=60, description="Longest wait for a receiver, in all."
+    )
+
+    # Secrets
+    encryption_keys: SecretStr = Field(
+        SecretStr(""),
+        description="`id:base64` of 32 bytes each, separated by commas; the first encrypts, all decrypt. "
+        "Empty: made once in `<data dir>/encryption.key`.",
+    )
+
+    # Logs
+    log_format: Literal["auto", "json", "console"] = Field(
+        "auto", description="`auto`: JSON unless on a terminal."
+    )
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
+        "INFO", description="Least level written."
+    )
+
+    @field_validator(
+        "tasks", "webhook_allowed_cidrs", "webhook_allowed_hosts", "webhook_allowed_ports", mode="before"
+    )
+    @classmethod
+    def _comma_separated(cls, value: object) -> object:
+        return _split(value)
+
+    @field_validator("webhook_allowed_cidrs")
+    @classmethod
+    def _networks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for cidr in value:
+            ip_network(cidr)
+        return value
+
+    @property
+    def database(self) -> str:
+        """The SQLAlchemy URL, with the driver named and the default filled in."""
+        url = self.database_url or f"sqlite:///{(self.data_dir / 'laneway.db').absolute()}"
+        for short in ("postgresql://", "postgres://"):
+            if url.startswith(short):
+                return "postgresql+psycopg://" + url.removeprefix(short)
+        return url
+
+    @property
+    def allowed_networks(self) -> tuple[IPv4Network | IPv6Network, ...]:
+        return tuple(ip_network(cidr) for cidr in self.webhook_allowed_cidrs)
+
+    @property
+    def children(self) -> int:
+        """How many child processes a worker runs."""
+        return self.concurrency or os.cpu_count() or 1
+
+
+def unknown_variables(environ: Mapping[str, str]) -> Iterable[tuple[str, str | None]]:
+    """`LANEWAY_…` variables that set nothing, each with the nearest name that would."""
+    known = {PREFIX + name.upper() for name in Settings.model_fields}
+    for name in sorted(environ):
+        if name.startswith(PREFIX) and name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+            yield name, near[0] if near else None
+
+
+@lru_cache
+def get_settings() -> Settings:
+    """The process's settings, read once."""
+    return Settings()

@@ -1,0 +1,286 @@
+"""The courier: claims deliveries that are due, sends them, and writes down what came of it.
+
+One asyncio loop sends; one thread of its own talks to the database, so that no query ever holds up the
+loop. They meet once a turn: all that was finished since the last turn is settled, and what is due is
+claimed, in one transaction. Turns follow each other while there is work; between them the courier sleeps
+until an attempt ends, Redis rings, or half a second is over. Redis away costs that half second, no more.
+
+A courier that dies keeps its leases until they run out; then another sends the same messages again under
+the same ids. That is the only way a message is sent twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from datetime import timedelta
+from random import Random
+from typing import TypeVar
+
+import redis
+import redis.asyncio
+import sqlalchemy as sa
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
+from laneway.clock import Clock, SystemClock, new_id
+from laneway.db import Database
+from laneway.log import get_logger
+from laneway.settings import Settings
+from laneway.webhooks.deliveries import Claimed, Deliveries, Finished, Postponed, Room, origin
+from laneway.webhooks.dial import GetAddrInfo
+from laneway.webhooks.guard import Policy
+from laneway.webhooks.messages import WAKE_CHANNEL
+from laneway.webhooks.retries import DeliveryStatus, judge
+from laneway.webhooks.secrets import SecretBox, tenant_context
+from laneway.webhooks.sender import MAX_CONNECTIONS, Sender
+
+MAX_IN_FLIGHT = MAX_CONNECTIONS
+MAX_IN_FLIGHT_PER_ORIGIN = 8
+POLL_SECONDS = 0.5
+GATHER_SECONDS = 0.005  # so long a finished attempt waits for others to be settled with
+LEASE_MARGIN_SECONDS = 20.0
+STOP_MARGIN_SECONDS = 2.0
+PAUSE_SECONDS = 1.0  # after the database or Redis could not be reached
+UNREADABLE_SECRET_SECONDS = 60.0
+
+log = get_logger("laneway.webhooks.courier")
+T = TypeVar("T")
+
+
+class Courier:
+    """Delivers until it is stopped. Any number may run beside each other.
+
+    At most 256 attempts are in flight, at most 8 to one scheme, host and port: a receiver that hangs
+    holds up its own messages and nobody else's.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        settings: Settings,
+        clock: Clock,
+        *,
+        box: SecretBox,
+        rng: Random,
+        getaddrinfo: GetAddrInfo = socket.getaddrinfo,
+    ) -> None:
+        self.id = new_id()
+        self._clock = clock
+        self._box = box
+        self._rng = rng
+        self._redis_url = settings.redis_url
+        self._timeout_seconds = settings.webhook_timeout_seconds
+        self._lease_seconds = self._timeout_seconds + LEASE_MARGIN_SECONDS
+        self._deliveries = Deliveries(database, owner=self.id, lease_seconds=self._lease_seconds)
+        self._sender = Sender(
+            Policy.from_settings(settings),
+            timeout_seconds=self._timeout_seconds,
+            clock=clock,
+            getaddrinfo=getaddrinfo,
+        )
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._busy: Counter[str] = Counter()
+        self._finished: list[Finished] = []
+        self._postponed: list[Postponed] = []
+        self._reclaim_at = float("-inf")
+        self._stopping = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def run(self) -> None:
+        """Works until `stop` is called; then finishes what is in flight and gives back what was not sent."""
+        self._loop = asyncio.get_running_loop()
+        self._bell = asyncio.Event()
+        self._gathering: asyncio.TimerHandle | None = None
+        self._sql = ThreadPoolExecutor(1, thread_name_prefix="laneway-courier-sql")
+        bell_rope = redis.asyncio.Redis.from_url(self._redis_url, retry=Retry(NoBackoff(), 0))
+        listener = asyncio.create_task(self._listen(bell_rope))
+        log.info("courier_started", courier_id=self.id)
+        try:
+            async with self._sender:
+                while not self._stopping:
+                    await self._reclaim()
+                    if not await self._turn():
+                        await self._rest(POLL_SECONDS)
+                await self._drain()
+        finally:
+            self._loop = None
+            listener.cancel()
+            await asyncio.gather(listener, return_exceptions=True)
+            await bell_rope.aclose()
+            self._sql.shutdown()
+        log.info("courier_stopped", courier_id=self.id)
+
+    def stop(self) -> None:
+        """Ask `run` to come to its end. From any thread, before or during the run, any number of times."""
+        self._stopping = True
+        if (loop := self._loop) is not None:
+            with suppress(RuntimeError):  # the loop was closed just now
+                loop.call_soon_threadsafe(self._bell.set)
+
+    async def _turn(self) -> bool:
+        """Settle and claim once. True when there may be more to claim at once."""
+        finished, self._finished = self._finished, []
+        postponed, self._postponed = self._postponed, []
+        free = 0 if self._stopping else MAX_IN_FLIGHT - len(self._tasks)
+        room = Room(free, MAX_IN_FLIGHT_PER_ORIGIN, dict(self._busy))
+        now = self._clock.now()
+        try:
+            claimed, more = await self._in_thread(
+                lambda: self._deliveries.turn(finished, postponed, room, now=now)
+            )
+        except sa.exc.SQLAlchemyError as error:
+            self._finished = finished + self._finished
+            self._postponed = postponed + self._postponed
+            await self._store_failed(error)
+            return False
+        for each in finished:
+            _tell(each)
+        for delivery in claimed:
+            if self._stopping:
+                self._postponed.append(Postponed(delivery, self._clock.now()))
+            else:
+                self._start(delivery)
+        return more
+
+    def _start(self, delivery: Claimed) -> None:
+        key = origin(delivery.url)
+        self._busy[key] += 1
+        task = asyncio.create_task(self._attempt(delivery))
+        self._tasks.add(task)
+
+        def ended(task: asyncio.Task[None]) -> None:
+            self._tasks.discard(task)
+            self._busy[key] -= 1
+            if not self._busy[key]:
+                del self._busy[key]
+            self._ring_soon()
+
+        task.add_done_callback(ended)
+
+    async def _attempt(self, delivery: Claimed) -> None:
+        try:
+            secret = self._box.open(delivery.sealed_secret or "", tenant_context(delivery.tenant_id))
+        except ValueError as error:
+            # The operator's fault, not the receiver's: no attempt is charged until the key is there.
+            log.error("webhook_key_unusable", tenant_id=delivery.tenant_id, reason=str(error))
+            until = self._clock.now() + timedelta(seconds=UNREADABLE_SECRET_SECONDS)
+            self._postponed.append(Postponed(delivery, until))
+            return
+        answer = await self._sender.send(delivery, secret)
+        verdict = judge(
+            answer,
+            attempt=delivery.attempt,
+            max_attempts=delivery.max_attempts,
+            now=self._clock.now(),
+            rng=self._rng,
+        )
+        self._finished.append(Finished(delivery, answer, verdict))
+
+    async def _reclaim(self) -> None:
+        if self._clock.monotonic() < self._reclaim_at:
+            return
+        now = self._clock.now()
+        try:
+            count = await self._in_thread(lambda: self._deliveries.reclaim(now=now))
+        except sa.exc.SQLAlchemyError as error:
+            await self._store_failed(error)
+            return
+        self._reclaim_at = self._clock.monotonic() + self._lease_seconds / 3
+        if count:
+            log.warning("webhook_leases_reclaimed", count=count)
+
+    async def _drain(self) -> None:
+        try:
+            async with asyncio.timeout(self._timeout_seconds + STOP_MARGIN_SECONDS):
+                while self._tasks or self._finished or self._postponed:
+                    await self._turn()
+                    if self._tasks and not self._finished:
+                        await self._rest(POLL_SECONDS)
+        except TimeoutError:
+            left = len(self._tasks) + len(self._finished) + len(self._postponed)
+            log.warning("courier_left_leases", count=left)  # they run out, and others take over
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _rest(self, seconds: float) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._bell.wait()
+        self._bell.clear()
+
+    def _ring_soon(self) -> None:
+        if self._gathering is None:
+            self._gathering = asyncio.get_running_loop().call_later(GATHER_SECONDS, self._ring)
+
+    def _ring(self) -> None:
+        self._gathering = None
+        self._bell.set()
+
+    async def _store_failed(self, error: sa.exc.SQLAlchemyError) -> None:
+        log.warning("courier_store_unavailable", error=type(error).__name__)  # its text would hold parameters
+        await asyncio.sleep(PAUSE_SECONDS)
+
+    async def _in_thread(self, call: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._sql, call)
+
+    async def _listen(self, client: redis.asyncio.Redis) -> None:
+        """Ring the bell for each message on the wake channel, for as long as Redis is there."""
+        heard = True
+        while True:
+            try:
+                async with client.pubsub(ignore_subscribe_messages=True) as channel:
+                    await channel.subscribe(WAKE_CHANNEL)
+                    heard = True
+                    while True:
+                        await channel.get_message(timeout=None)
+                        self._bell.set()  # also for the reply to SUBSCRIBE: what rang before it went unheard
+            except (redis.RedisError, OSError) as error:
+                if heard:
+                    log.warning("courier_hears_no_bell", error=type(error).__name__)
+                heard = False
+            await asyncio.sleep(PAUSE_SECONDS)
+
+
+def _tell(finished: Finished) -> None:
+    delivery, answer, verdict = finished.delivery, finished.answer, finished.verdict
+    facts = {
+        "delivery_id": delivery.id,
+        "message_id": delivery.message_id,
+        "job_id": delivery.job_id,
+        "attempt": delivery.attempt,
+        "status_code": answer.status_code,
+        "total_ms": answer.total_ms,
+    }
+    if verdict.status is DeliveryStatus.DELIVERED:
+        log.info("webhook_delivered", **facts)
+    elif verdict.status is DeliveryStatus.RETRYING:
+        log.warning(
+            "webhook_attempt_failed", error_class=answer.error_class, next_at=verdict.next_at, **facts
+        )
+    else:
+        log.error("webhook_dead", error_class=answer.error_class, **facts)
+
+
+def main(settings: Settings) -> None:
+    """Run one courier until SIGTERM or SIGINT."""
+    clock = SystemClock()
+    database = Database(settings.database)
+    courier = Courier(database, settings, clock, box=SecretBox.from_settings(settings), rng=Random())  # noqa: S311
+
+    async def run() -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, courier.stop)
+        await courier.run()
+
+    try:
+        asyncio.run(run())
+    finally:
+        database.dispose()

@@ -1,0 +1,95 @@
+"""The guard at the socket: names are looked up here, and nothing is dialled that `classify` refuses.
+
+The address that was judged is the address that is dialled: no second look-up stands between the two
+(DNS rebinding). The URL keeps its name, so SNI, the Host header and the certificate check stay right.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from aiohttp.abc import AbstractResolver, ResolveResult
+
+from laneway.webhooks.guard import ALLOWED_CIDRS, Policy, classify
+
+DNS_THREADS = 32
+DNS_TIMEOUT_SECONDS = 2.0
+
+GetAddrInfo = Callable[..., list[Any]]
+"""`socket.getaddrinfo`, or what a test puts in its place."""
+
+
+class AddressRefused(OSError):
+    """The guard refused an address. An OSError, which is what aiohttp passes on as `os_error`."""
+
+
+class GuardResolver(AbstractResolver):
+    """Looks names up in threads of its own; a name with one refused address is refused whole.
+
+    Its own threads: in asyncio's default pool, a few slow nameservers hold up every other look-up.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        timeout_seconds: float = DNS_TIMEOUT_SECONDS,
+        getaddrinfo: GetAddrInfo = socket.getaddrinfo,
+    ) -> None:
+        self._policy = policy
+        self._timeout_seconds = timeout_seconds
+        self._getaddrinfo = getaddrinfo
+        self._threads = ThreadPoolExecutor(DNS_THREADS, thread_name_prefix="laneway-dns")
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+    ) -> list[ResolveResult]:
+        """The addresses of `host`, all of which may be dialled.
+
+        Raises AddressRefused when one may not, OSError when the name does not resolve in time.
+        """
+        look_up = asyncio.get_running_loop().run_in_executor(
+            self._threads, lambda: self._getaddrinfo(host, port, family=family, type=socket.SOCK_STREAM)
+        )
+        try:
+            async with asyncio.timeout(self._timeout_seconds):
+                answers = await look_up
+        except TimeoutError:
+            raise OSError("the name server did not answer in time") from None
+        results: list[ResolveResult] = []
+        for answer_family, _, protocol, _, sockaddr in answers:
+            if classify(sockaddr[0], self._policy) is not None:
+                raise AddressRefused(f"the name resolves to an address that {ALLOWED_CIDRS} does not allow")
+            results.append(
+                ResolveResult(
+                    hostname=host,
+                    host=sockaddr[0],
+                    port=port,
+                    family=answer_family,
+                    proto=protocol,
+                    flags=socket.AI_NUMERICHOST | socket.AI_NUMERICSERV,
+                )
+            )
+        return results
+
+    async def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def socket_factory(policy: Policy) -> Callable[[tuple[Any, ...]], socket.socket]:
+    """Makes the sockets of a connector, each only after its address was judged once more.
+
+    The last gate, and for addresses written in the URL the only one: aiohttp asks no resolver for those.
+    """
+
+    def make(address_info: tuple[Any, ...]) -> socket.socket:
+        family, kind, protocol, _, sockaddr = address_info
+        if classify(sockaddr[0], policy) is not None:
+            raise AddressRefused(f"an address that {ALLOWED_CIDRS} does not allow")
+        return socket.socket(family, kind, protocol)
+
+    return make

@@ -1,0 +1,80 @@
+"""The pool's heartbeat: a thread with a connection of its own, so that nothing else can delay it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Collection
+
+import sqlalchemy as sa
+
+from laneway.clock import Clock
+from laneway.db import Database
+from laneway.engine import leases
+from laneway.engine.leases import Wish
+from laneway.log import get_logger
+from laneway.settings import Settings
+
+log = get_logger("beats")
+
+
+class Beats:
+    """Beats every `beat_seconds`, and at once when told to; hands on the wishes it reads.
+
+    `lost` is set once the lease can no longer be trusted: the database says that this worker is dead, or
+    no beat went through for the lease less two beats. Whoever runs jobs must then stop them.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        worker_id: str,
+        held: Collection[str],
+        clock: Clock,
+        wished: Callable[[list[Wish]], None],
+        lost: Callable[[], None],
+    ) -> None:
+        self._database = Database(settings.database, pool_size=1)
+        self._settings = settings
+        self._worker_id = worker_id
+        self._held = held
+        self._clock = clock
+        self._wished = wished
+        self._lost = lost
+        self._wake = threading.Event()
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="beats", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def now(self) -> None:
+        """Beat without waiting for the next turn."""
+        self._wake.set()
+
+    def stop(self) -> None:
+        self._stopping.set()
+        self._wake.set()
+        self._thread.join()
+        self._database.dispose()
+
+    def _run(self) -> None:
+        last = self._clock.monotonic()
+        patience = self._settings.lease_seconds - 2 * self._settings.beat_seconds
+        while not self._stopping.is_set():
+            try:
+                wishes = leases.beat(self._database, worker_id=self._worker_id, held=list(self._held))
+            except (sa.exc.DBAPIError, sa.exc.TimeoutError) as error:
+                log.warning("beat_failed", worker_id=self._worker_id, error=type(error).__name__)
+                if self._clock.monotonic() - last > patience:
+                    self._lost()
+                    return
+            else:
+                last = self._clock.monotonic()
+                if wishes is None:
+                    self._lost()
+                    return
+                if wishes:
+                    self._wished(wishes)
+            self._wake.wait(self._settings.beat_seconds)
+            self._wake.clear()

@@ -1,0 +1,140 @@
+"""The pool's side of its child processes: rounds out, endings in, kills."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from laneway.engine.outcomes import Claimed
+from laneway.worker.nursery import MAX_MESSAGE
+from laneway.worker.wire import Frames, pack
+
+START_SECONDS = 60.0
+
+
+class NurseryFailed(RuntimeError):
+    """The task modules could not be loaded, or the nursery died; the message says why."""
+
+
+@dataclass
+class ChildProcess:
+    """One child. `jobs` is its round in order: the first is the one that runs."""
+
+    pid: int
+    stream: socket.socket
+    frames: Frames
+    jobs: dict[str, Claimed] = field(default_factory=dict)
+    since: float = 0.0  # monotonic: when the first of `jobs` started, at the latest
+    served: int = 0
+    doomed: str = ""  # why the pool killed it: "timeout", "cancel", "drain", "lost"
+    cancel_at: float | None = None  # monotonic: when the grace of a cancel is over
+
+    @property
+    def idle(self) -> bool:
+        return not self.jobs and not self.doomed
+
+    @property
+    def current(self) -> Claimed | None:
+        return next(iter(self.jobs.values()), None)
+
+    def send(self, jobs: Sequence[Claimed], *, now: float) -> None:
+        """Start a round."""
+        self.jobs = {job.job_id: job for job in jobs}
+        self.since = now
+        self.served += len(jobs)
+        self._write(
+            {"run": [[j.job_id, j.attempt, j.job_type, j.parameters, j.timeout_seconds] for j in jobs]}
+        )
+
+    def ask_to_stop(self, job_id: str) -> None:
+        self._write({"cancel": job_id})
+
+    def _write(self, message: Any) -> None:
+        try:
+            self.stream.setblocking(True)
+            self.stream.sendall(pack(message))
+        except OSError:
+            pass  # it is dead; its exit is on the way
+        finally:
+            self.stream.setblocking(False)
+
+    def kill(self, why: str) -> None:
+        """SIGKILL for the child and all it started."""
+        self.doomed = self.doomed or why
+        for kill in (os.killpg, os.kill):
+            try:
+                kill(self.pid, signal.SIGKILL)
+                return
+            except ProcessLookupError:
+                continue  # not its own group's leader yet, or gone
+
+    def let_go(self) -> None:
+        """Close the socket: an idle child leaves."""
+        self.doomed = self.doomed or "recycled"
+        self.stream.close()
+
+
+class Nursery:
+    """Starts the nursery process and speaks with it."""
+
+    def __init__(self, tasks: Sequence[str]) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        command = [
+            sys.executable,
+            "-m",
+            "laneway.worker.nursery",
+            str(theirs.fileno()),
+            str(os.getpid()),
+            *tasks,
+        ]
+        self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()])  # noqa: S603
+        theirs.close()
+        self.control = ours
+
+    def wait_until_ready(self) -> tuple[str, ...]:
+        """The job types it loaded. Raises NurseryFailed with the traceback of a broken task module."""
+        ready, _, _ = select.select([self.control], [], [], START_SECONDS)
+        message = self.read() if ready else None
+        if message and "ready" in message:
+            self.control.setblocking(False)
+            return tuple(message["ready"])
+        reason = message["failed"] if message else "it did not start"
+        self.stop()
+        raise NurseryFailed(f"the job types could not be loaded (LANEWAY_TASKS):\n{reason}")
+
+    def ask_for_child(self) -> None:
+        self.control.send(b'"spawn"')
+
+    def read(self) -> dict[str, Any] | None:
+        """The next message, a new child as `{"child": ChildProcess}`; None when there is none.
+
+        Raises NurseryFailed when the nursery has died.
+        """
+        try:
+            data, descriptors, _, _ = socket.recv_fds(self.control, MAX_MESSAGE, 1)
+        except BlockingIOError:
+            return None
+        except ConnectionResetError:
+            data, descriptors = b"", []
+        if not data:
+            raise NurseryFailed("the nursery process died")
+        message: dict[str, Any] = json.loads(data)
+        if descriptors:
+            stream = socket.socket(fileno=descriptors[0])
+            stream.setblocking(False)
+            message["child"] = ChildProcess(message["child"], stream, Frames(stream))
+        return message
+
+    def stop(self) -> None:
+        """Kill it; the kernel kills its children."""
+        self.control.close()
+        self.process.kill()
+        self.process.wait()

@@ -1,0 +1,54 @@
+"""Frames between the pool and its children: four bytes of length, then one JSON value."""
+
+from __future__ import annotations
+
+import json
+import socket
+import struct
+from typing import Any
+
+_LENGTH = struct.Struct(">I")
+_CHUNK = 1 << 16
+
+
+def pack(message: Any) -> bytes:
+    """A message as one frame."""
+    body = json.dumps(message, separators=(",", ":")).encode()
+    return _LENGTH.pack(len(body)) + body
+
+
+class Frames:
+    """Reads the frames of one stream socket."""
+
+    def __init__(self, stream: socket.socket) -> None:
+        self._stream = stream
+        self._buffer = bytearray()
+        self.ended = False
+
+    def read(self) -> list[Any]:
+        """Receive once and return the messages that are whole; sets `ended` when the peer has gone.
+
+        On a blocking socket this waits for something to arrive; on a non-blocking one it may return
+        nothing.
+        """
+        try:
+            data = self._stream.recv(_CHUNK)
+        except (BlockingIOError, InterruptedError):
+            return []
+        except ConnectionResetError:
+            data = b""
+        if not data:
+            self.ended = True
+            return []
+        buffer = self._buffer
+        buffer += data
+        messages, start = [], 0
+        while len(buffer) - start >= _LENGTH.size:
+            (size,) = _LENGTH.unpack_from(buffer, start)
+            end = start + _LENGTH.size + size
+            if len(buffer) < end:
+                break
+            messages.append(json.loads(buffer[start + _LENGTH.size : end]))
+            start = end
+        del buffer[:start]
+        return messages
