@@ -52,7 +52,7 @@ def ok(exchange: Exchange) -> None:
     exchange.answer(200, body=b"thanks")
 
 
-def in_turn(*statuses: int, **headers: str) -> Mode:
+def in_turn(*statuses: int, **headers: Any) -> Mode:
     """The first status for the first request, and so on; the last one for the rest."""
     return lambda exchange: exchange.answer(statuses[min(exchange.number, len(statuses)) - 1], **headers)
 

@@ -63,7 +63,8 @@ def choose(bags: Sequence[Topics], scores: Sequence[float], *, count: int) -> li
     """
     taken: list[int] = []
     full = [i for i, bag in enumerate(bags) if len(bag) >= MIN_TOPICS]
-    for pool in (full, [i for i in range(len(bags)) if i not in set(full)]):
+    short = [i for i, bag in enumerate(bags) if len(bag) < MIN_TOPICS]
+    for pool in (full, short):
         left = pool
         while len(taken) < count:
             left = [i for i in left if all(_overlap(bags[i], bags[j]) < SAME for j in taken)]

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 PREFIX = "LANEWAY_"
@@ -94,7 +94,7 @@ class Settings(BaseSettings):
     webhook_allow_http: bool = Field(False, description="Also deliver to `http://` targets.")
     webhook_allowed_cidrs: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
-        description="Private networks webhooks may reach, separated by commas. Metadata addresses stay closed.",
+        description="Private networks webhooks may reach, separated by commas. Metadata addresses stay shut.",
     )
     webhook_allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="Host names webhooks may reach although they look internal."
@@ -105,6 +105,15 @@ class Settings(BaseSettings):
     )
     webhook_timeout_seconds: float = Field(
         10.0, gt=0, le=60, description="Longest wait for a receiver, in all."
+    )
+
+    # The command line
+    url: str = Field(
+        "", description="Where the command line finds the API. Empty: this machine, at the API's port."
+    )
+    api_key: SecretStr = Field(
+        SecretStr(""),
+        description="The key the command line calls with. Empty: the one in `<data dir>/admin.key`.",
     )
 
     # Secrets
@@ -136,6 +145,15 @@ class Settings(BaseSettings):
             ip_network(cidr)
         return value
 
+    @model_validator(mode="after")
+    def _beats_within_the_lease(self) -> Self:
+        if self.beat_seconds > self.lease_seconds / 6:
+            raise ValueError(
+                f"beat_seconds ({self.beat_seconds:g}) may be at most a sixth of lease_seconds "
+                f"({self.lease_seconds:g}): a worker that misses a few beats would lose its jobs"
+            )
+        return self
+
     @property
     def database(self) -> str:
         """The SQLAlchemy URL, with the driver named and the default filled in."""
@@ -157,11 +175,12 @@ class Settings(BaseSettings):
 
 def unknown_variables(environ: Mapping[str, str]) -> Iterable[tuple[str, str | None]]:
     """`LANEWAY_…` variables that set nothing, each with the nearest name that would."""
-    known = {PREFIX + name.upper() for name in Settings.model_fields}
-    for name in sorted(environ):
-        if name.startswith(PREFIX) and name not in known:
+    known = [name.upper() for name in Settings.model_fields]
+    for variable in sorted(environ):
+        name = variable.removeprefix(PREFIX)
+        if variable.startswith(PREFIX) and name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-            yield name, near[0] if near else None
+            yield variable, PREFIX + near[0] if near else None
 
 
 @lru_cache

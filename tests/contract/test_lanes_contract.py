@@ -208,6 +208,12 @@ def test_a_push_rings_the_bell_of_its_queue_only(lanes: LaneBackend) -> None:
     assert lanes.wait(["default", "emails"], 0.05) is False, "one id, one stroke"
 
 
+def test_a_wait_of_no_seconds_returns(lanes: LaneBackend) -> None:
+    assert lanes.wait(["default"], 0) is False
+    lanes.push([("high", "a")])
+    assert lanes.wait(["default"], 0) is True
+
+
 def test_a_refill_rings_too(lanes: LaneBackend) -> None:
     lanes.refill("emails-high", [], ["a"], complete=True, refusals_seen=0)
     assert lanes.wait(["emails"], 5) is True

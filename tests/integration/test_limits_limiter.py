@@ -373,6 +373,21 @@ def test_a_redis_that_does_not_answer_costs_one_call_its_patience_and_is_charged
     asyncio.run(main())
 
 
+def test_after_a_refusal_by_redis_the_next_probe_looks_for_redis_anew(own_redis_server: RedisServer) -> None:
+    clock = FrozenClock()
+
+    async def main() -> None:
+        async with Bridge(own_redis_server) as bridge, limiter_of(bridge.url, clock=clock) as limiter:
+            repair = break_redis(own_redis_server, "read only")
+            await hit(limiter)
+            repair()
+            clock.advance(seconds=1)
+            assert (await hit(limiter)).rules[0].used == 1
+            assert bridge.connections == 2
+
+    asyncio.run(main())
+
+
 def test_while_one_call_finds_out_whether_redis_is_back_the_others_do_not_wait(
     redis_server: RedisServer, redis: redis_py.Redis
 ) -> None:
@@ -398,7 +413,8 @@ def test_a_process_that_was_held_up_does_not_blame_redis(redis_url: str) -> None
         async with limiter_of(redis_url) as limiter:
             await hit(limiter)
             waiting = asyncio.create_task(hit(limiter))
-            await noticed()
+            for _ in range(2):
+                await asyncio.sleep(0)  # sent, and not read yet
             hold_up_until = time.monotonic() + 0.2  # four times Redis' allowance
             while time.monotonic() < hold_up_until:
                 pass

@@ -213,6 +213,13 @@ def test_a_job_that_is_pushed_again_starts_afresh(lanes: RqLanes, redis: redis_p
     assert redis.ttl(job.key) == -1
 
 
+def test_a_job_is_in_one_registry_at_a_time(lanes: RqLanes, redis: redis_py.Redis) -> None:
+    lanes.push([("high", "a")])
+    for status in (JobStatus.RETRYING, JobStatus.CANCELLED, JobStatus.FAILED, JobStatus.COMPLETED):
+        lanes.mirror_ended([EndedRun("high", "a", status)])
+        assert len(shown(redis, "high")) == 1, status
+
+
 def test_a_job_taken_from_the_database_is_shown_once_it_runs(lanes: RqLanes, redis: redis_py.Redis) -> None:
     lanes.mirror_running([("high", "a")], worker_name="w1", lease_seconds=30)
     assert started(redis, "high") == ["a"]

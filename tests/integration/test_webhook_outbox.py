@@ -75,7 +75,11 @@ def test_a_later_end_of_the_same_job_is_another_message(database: Database) -> N
 
 
 def test_a_transaction_that_fails_tells_nothing(database: Database) -> None:
-    with pytest.raises(RuntimeError), database.write() as connection:
-        record(connection, [ended()], now=NOW)
-        raise RuntimeError("the job did not end after all")
+    def fail() -> None:
+        with database.write() as connection:
+            record(connection, [ended()], now=NOW)
+            raise RuntimeError("the job did not end after all")
+
+    with pytest.raises(RuntimeError):
+        fail()
     assert rows(database, webhook_messages) == rows(database, webhook_deliveries) == []

@@ -110,7 +110,7 @@ def test_a_second_stack_on_the_same_folder_is_refused_by_name(
 def test_it_dies_with_a_parent_that_is_killed_and_the_folder_is_free_at_once(
     parent: subprocess.Popen[str], tmp_path: Path
 ) -> None:
-    """By PR_SET_PDEATHSIG, which only Linux has; elsewhere the folder stays taken until the server is stopped."""
+    """By PR_SET_PDEATHSIG, which only Linux has; elsewhere the folder stays taken."""
     assert sys.platform == "linux"
     said(parent)
     parent.kill()

@@ -35,7 +35,7 @@ from feedback_summaries.language import sentences, stem, stop_words, words
         ("(Nice one.) Go on.", ["(Nice one.)", "Go on."]),
         ("first point\nsecond point\r\nThird. Fourth", ["first point", "second point", "Third.", "Fourth"]),
         ("See laneway.example.org for more. Bye.", ["See laneway.example.org for more.", "Bye."]),
-        ("You did it in 30 s. 20 swings are enough.", ["You did it in 30 s. 20 swings are enough."]),
+        ("You did it in 30 s. 20 swings are enough.", ["You did it in 30 s.", "20 swings are enough."]),
     ],
 )
 def test_english_text_falls_into_its_sentences(text: str, expected: list[str]) -> None:
@@ -49,7 +49,7 @@ def test_english_text_falls_into_its_sentences(text: str, expected: list[str]) -
         ("Nimm z.B. Karten. Oder z. B. Fotos!", ["Nimm z.B. Karten.", "Oder z. B. Fotos!"]),
         ("Das sind ca. 80 Mio. Tonnen. Viel!", ["Das sind ca. 80 Mio. Tonnen.", "Viel!"]),
         ("Vgl. Abb. 4 im Buch. Sie stimmt.", ["Vgl. Abb. 4 im Buch.", "Sie stimmt."]),
-        ("Es waren 9,81 m. Über 20. Gut!", ["Es waren 9,81 m. Über 20. Gut!"]),
+        ("Es waren 9,81 m. Über 20. Gut!", ["Es waren 9,81 m.", "Über 20. Gut!"]),
         ("Das war 2013. Danach kam nichts.", ["Das war 2013.", "Danach kam nichts."]),
         ("Am Ende stand »Internet«. Das reicht nicht.", ["Am Ende stand »Internet«.", "Das reicht nicht."]),
         ("Sie sagte: „Schön.“ Dann ging sie.", ["Sie sagte: „Schön.“", "Dann ging sie."]),
@@ -67,7 +67,7 @@ def test_a_number_with_a_dot_ends_an_english_sentence() -> None:
 
 
 @settings(deadline=None)
-@given(st.text(alphabet=st.sampled_from('aB. !?…"\n)1äÄ’')) | st.text())
+@given(st.text(alphabet=st.sampled_from('aB. !?…"\n)1äÄ\u2019')) | st.text())
 def test_sentences_stand_in_the_text_one_after_the_other(text: str) -> None:
     position = 0
     for sentence in sentences(text):
@@ -90,7 +90,7 @@ def test_a_hostile_text_is_read_in_one_go(text: str) -> None:
 
 
 def test_words_are_cut_at_apostrophes_and_hold_no_numbers() -> None:
-    assert words("The student's well-made graph isn’t 9.81 cm") == [
+    assert words("The student's well-made graph isn\u2019t 9.81 cm") == [
         "The",
         "student",
         "well-made",
@@ -103,9 +103,11 @@ def test_words_are_cut_at_apostrophes_and_hold_no_numbers() -> None:
 def test_forms_of_a_word_have_one_stem() -> None:
     assert stem("Presentation") == stem("presenting")
     assert stem("STRASSE") == stem("Straße")
+    assert stem("songs") == stem("Song")
+    assert stem("gas") != stem("gap")
 
 
 def test_stop_words_are_those_of_the_language_and_of_all_for_another() -> None:
-    assert "the" in stop_words("en-GB") and "nicht" not in stop_words("en-GB")
-    assert "nicht" in stop_words("DE") and "the" not in stop_words("DE")
+    assert {"the", "nicht"} & stop_words("en-GB") == {"the"}
+    assert {"the", "nicht"} & stop_words("DE") == {"nicht"}
     assert stop_words(None) == stop_words("fr") == stop_words("en") | stop_words("de")

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 
 import pytest
@@ -57,8 +54,8 @@ def test_the_summary_is_about_what_most_comments_are_about() -> None:
 
 @pytest.mark.parametrize(("read", "count"), [(MANY_FROM - 1, FEW), (MANY_FROM, MANY)])
 def test_long_feedback_gets_one_sentence_more(read: int, count: int) -> None:
-    topics = "ruler clock table voice poster graph method error bridge garden engine camera".split()  # noqa: SIM905
-    comments = [f"Your {topics[i]} number{'abcdefghijkl'[i]} was shown slowly." for i in range(read)]
+    students = store.evaluation(101).students
+    comments = [sentences(student.comments[0].text, language="en")[0] for student in students][:read]
     summary = summary_of(comments)
     assert summary.sentences_read == read
     assert len(summary.picked) == count
@@ -91,7 +88,13 @@ def test_short_feedback_is_kept_whole() -> None:
 
 
 def test_a_cheer_is_taken_only_when_there_is_nothing_better() -> None:
-    assert "Great!" not in summary_of(GWEN).picked
+    full = [
+        "Your talk had jokes and a calm voice.",
+        "Your talk lacked graphs with units.",
+        "After the talk you answered questions patiently.",
+    ]
+    assert summary_of(["Great talk!", *full]).picked == tuple(full)
+    assert summary_of(["Superb handwriting!", full[0]]).picked == ("Superb handwriting!", full[0])
     assert summary_of(["Great!", "Wow."]).picked == ("Great!",)
 
 
@@ -125,11 +128,18 @@ def test_abbreviations_and_decimals_stay_in_one_sentence() -> None:
     assert summary_of(comments).picked == tuple(comments)
 
 
-def test_key_phrases_are_shared_by_comments_and_do_not_overlap() -> None:
-    phrases = summary_of(GWEN).key_phrases
-    assert 1 <= len(phrases) <= 5
-    assert not set(phrases) & {"hardly", "caching problem"}  # one person's words
-    used = [word for phrase in phrases for word in phrase.lower().split()]
+def test_key_phrases_are_shared_by_comments() -> None:
+    comments = ["Your scatter plot has tiny labels.", "I understood the scatter plot. Louder voice please!"]
+    assert summary_of(comments).key_phrases == ("scatter plot",)
+
+
+def test_a_lone_comment_is_searched_for_its_longest_phrases() -> None:
+    assert summary_of(["Your scatter plot was loud."]).key_phrases == ("scatter plot", "loud")
+
+
+def test_no_word_is_in_two_key_phrases() -> None:
+    used = [word for phrase in summary_of(GWEN).key_phrases for word in phrase.lower().split()]
+    assert used
     assert len(used) == len(set(used))
 
 
@@ -164,28 +174,6 @@ def test_what_progress_raises_ends_the_work() -> None:
 
     with pytest.raises(Stop):
         Extractive().summarise(GWEN, progress=stop)
-
-
-def test_another_process_with_another_hash_seed_picks_the_same() -> None:
-    script = (
-        "from feedback_summaries import store\n"
-        "from feedback_summaries.summariser import Extractive\n"
-        "for e in store.evaluations():\n"
-        "    s = Extractive().summarise([c.text for c in e.students[0].comments], progress=lambda f, m: None)\n"
-        "    print(ascii(s))\n"
-    )
-    outputs = {
-        subprocess.run(
-            [sys.executable, "-c", script],
-            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(sys.path)},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        for seed in ("1", "2")
-    }
-    assert len(outputs) == 1
-    assert outputs.pop().count("Summary(") == len(store.evaluations())
 
 
 comments_of_any_kind = st.lists(

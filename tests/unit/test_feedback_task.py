@@ -95,7 +95,7 @@ def test_a_cancelled_job_stops_between_stages() -> None:
 
 def test_a_pace_moves_the_bar_in_small_steps_that_never_fall() -> None:
     line = Listener()
-    stages = Stages(job_with(line), pace_seconds=1.0, details={})
+    stages = Stages(job_with(line), pace_seconds=0.6, details={})
     for fraction, message in ((0.1, "Reading"), (0.5, "Scoring"), (1.0, "Done")):
         stages(fraction, message)
     percents = [progress.percent for progress in line.heard]

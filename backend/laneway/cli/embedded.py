@@ -96,10 +96,12 @@ class EmbeddedRedis:
     Append-only file synced each second: a crash of the machine costs a second of ids, which the
     reconciler rings again. It is not restarted when it dies: `death()` says that it has, and why.
     Raises Conflict when another stack holds the folder, Unavailable when the server does not start.
+    `port` opens it to every user of this machine too, at 127.0.0.1; 0, the default, opens none.
     """
 
-    def __init__(self, data_dir: Path) -> None:
+    def __init__(self, data_dir: Path, *, port: int = 0) -> None:
         self.data_dir = data_dir.absolute()
+        self.port = port
         self.binary = find_redis()
         self.log_file = self.data_dir / "redis.log"
         self.socket = self.data_dir / "redis.sock"
@@ -180,7 +182,8 @@ class EmbeddedRedis:
 
     def _spawn(self, lock: int) -> subprocess.Popen[bytes]:
         options = {
-            "port": "0",
+            "port": str(self.port),
+            "bind": "127.0.0.1",
             "unixsocket": str(self.socket),
             "unixsocketperm": "600",
             "dir": str(self.data_dir),

@@ -59,6 +59,11 @@ def pending(url: str) -> bool:
     return current(url) != head()
 
 
+def knows(revision: str) -> bool:
+    """Whether this installation carries `revision`; one it does not carry comes from a later release."""
+    return any(script.revision == revision for script in _scripts().walk_revisions())
+
+
 def directory() -> Path:
     """Where the revisions are: beside `backend/` in a checkout, else where the wheel put them."""
     checkout = Path(__file__).parents[3] / "migrations"

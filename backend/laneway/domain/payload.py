@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any
+from typing import Any, NoReturn
 
 from laneway.errors import FieldError, InvalidPayload, PayloadTooLarge
 
@@ -24,7 +24,7 @@ def to_json(value: Any, *, what: str = "parameters", max_bytes: int = MAX_BYTES)
     Raises InvalidPayload, with a pointer, for what JSON or a store cannot hold, and PayloadTooLarge
     past `max_bytes` of UTF-8.
     """
-    _check(value, pointer=f"/{what}", depth=0)
+    _check(value, [what])
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     size = len(text) if text.isascii() else len(text.encode())
     if size > max_bytes:
@@ -36,48 +36,56 @@ def to_json(value: Any, *, what: str = "parameters", max_bytes: int = MAX_BYTES)
     return text
 
 
-def _check(value: Any, *, pointer: str, depth: int) -> None:  # noqa: PLR0912 - one case a JSON type
+def _check(value: Any, path: list[str | int]) -> None:
+    """`path` leads to `value`; it is one list for the whole walk, and text only in a refusal."""
     match value:
         case None | bool():
             return
         case str():
-            _check_text(value, pointer)
+            _check_text(value, path)
         case int():
             if not -MAX_INTEGER - 1 <= value <= MAX_INTEGER:
-                _refuse(pointer, "integers must fit into 64 bits", "integer_too_large")
+                _refuse(path, "integers must fit into 64 bits", "integer_too_large")
         case float():
             if not math.isfinite(value):
-                _refuse(pointer, "numbers must be finite", "not_finite")
+                _refuse(path, "numbers must be finite", "not_finite")
         case dict():
-            if depth >= MAX_DEPTH:
-                _refuse(pointer, f"nested deeper than {MAX_DEPTH} levels", "too_deep")
+            _check_depth(path)
+            path.append("")
             for key, item in value.items():
                 if not isinstance(key, str):
-                    _refuse(pointer, "object keys must be text", "key_not_text")
-                _check_text(key, pointer)
-                _check(item, pointer=f"{pointer}/{key}", depth=depth + 1)
+                    _refuse(path[:-1], "object keys must be text", "key_not_text")
+                _check_text(key, path[:-1])
+                path[-1] = key
+                _check(item, path)
+            path.pop()
         case list() | tuple():
-            if depth >= MAX_DEPTH:
-                _refuse(pointer, f"nested deeper than {MAX_DEPTH} levels", "too_deep")
-            for index, item in enumerate(value):
-                _check(item, pointer=f"{pointer}/{index}", depth=depth + 1)
+            _check_depth(path)
+            path.append(0)
+            for path[-1], item in enumerate(value):
+                _check(item, path)
+            path.pop()
         case _:
-            _refuse(pointer, f"{type(value).__name__} is not JSON", "not_json")
+            _refuse(path, f"{type(value).__name__} is not JSON", "not_json")
 
 
-def _check_text(text: str, pointer: str) -> None:
-    if text.isascii():
-        if "\0" in text:
-            _refuse(pointer, "text must not hold the NUL character", "nul")
-        return
+def _check_depth(path: list[str | int]) -> None:
+    if len(path) > MAX_DEPTH:  # its first part is the name of the whole
+        _refuse(path, f"nested deeper than {MAX_DEPTH} levels", "too_deep")
+
+
+def _check_text(text: str, path: list[str | int]) -> None:
     if "\0" in text:
-        _refuse(pointer, "text must not hold the NUL character", "nul")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        _refuse(pointer, "text must be valid Unicode, without lone surrogates", "not_unicode")
+        _refuse(path, "text must not hold the NUL character", "nul")
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            _refuse(path, "text must be valid Unicode, without lone surrogates", "not_unicode")
 
 
-def _refuse(pointer: str, detail: str, code: str) -> None:
+def _refuse(path: list[str | int], detail: str, code: str) -> NoReturn:
+    """Raise InvalidPayload at the JSON Pointer (RFC 6901 section 3) of `path`, in ASCII and not too long."""
+    pointer = "".join("/" + str(part).replace("~", "~0").replace("/", "~1") for part in path)
     safe = pointer.encode("ascii", "backslashreplace").decode()[:200]
     raise InvalidPayload(f"{safe}: {detail}", errors=(FieldError(safe, detail, code),))

@@ -46,6 +46,12 @@ def lanes_of(queues: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(lane_of(queue, priority) for priority in Priority for queue in queues)
 
 
+def queue_of(lane: str) -> str:
+    """The queue a lane belongs to: `default` for `high`, `emails` for `emails-high` and `emails`."""
+    queue = lane.partition("-")[0]
+    return DEFAULT_QUEUE if queue in _RESERVED else queue
+
+
 _RESERVED = {lane_of(DEFAULT_QUEUE, priority) for priority in Priority}
 
 

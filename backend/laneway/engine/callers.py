@@ -25,8 +25,8 @@ import sqlalchemy as sa
 from laneway import models
 from laneway.clock import Clock, new_id
 from laneway.db import Database
-from laneway.errors import Forbidden, LanewayError, Unauthenticated
-from laneway.webhooks.secrets import SecretBox, new_webhook_secret
+from laneway.errors import Forbidden, LanewayError, NotFound, Unauthenticated
+from laneway.webhooks.secrets import SecretBox, new_webhook_secret, tenant_context
 
 DEFAULT_TENANT = "default"
 CACHE_SECONDS = 30.0
@@ -156,7 +156,7 @@ def ensure_tenant(database: Database, box: SecretBox, name: str, *, created_by: 
         values = {
             "id": tenant_id,
             "name": name,
-            "webhook_secret": box.seal(new_webhook_secret(), tenant_id),
+            "webhook_secret": box.seal(new_webhook_secret(), tenant_context(tenant_id)),
             "created_by": created_by,
         }
         try:
@@ -206,3 +206,13 @@ def ensure_admin_key(database: Database, box: SecretBox, data_dir: Path) -> Path
     with os.fdopen(handle, "w") as file:
         file.write(create_key(database, tenant_id=tenant_id, role=Role.ADMIN, subject="admin") + "\n")
     return path
+
+
+def webhook_secret(database: Database, box: SecretBox, tenant_id: str) -> str:
+    """The tenant's own webhook secret, in clear. Raises NotFound for an unknown tenant."""
+    t = models.tenants.c
+    with database.read() as connection:
+        sealed = connection.execute(sa.select(t.webhook_secret).where(t.id == tenant_id)).scalar()
+    if sealed is None:
+        raise NotFound("there is no such tenant")
+    return box.open(sealed, tenant_context(tenant_id))

@@ -19,7 +19,7 @@ log = get_logger("job")
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a job is. `percent` 0–100; `details` is JSON text."""
+    """How far a job is. `percent` from 0 to 100; `details` is JSON text."""
 
     percent: int
     message: str | None = None
@@ -50,7 +50,8 @@ class JobContext:
         """Say how far the job is: `percent` from 0 to 100, which never falls within an attempt.
 
         Cheap enough for a tight loop: what comes faster than it can be shown is left out, the last is not.
-        Raises ValueError outside 0–100, and InvalidPayload for details that are no JSON.
+        Of the message at most 500 characters are kept, and only what both stores can hold.
+        Raises ValueError outside 0 to 100, and InvalidPayload for details that are no JSON.
         """
         if not 0 <= percent <= 100:
             raise ValueError(f"progress is a percentage from 0 to 100, not {percent!r}")
@@ -58,7 +59,7 @@ class JobContext:
         self._line.report(
             Progress(
                 self._percent,
-                message[:MAX_MESSAGE] if message is not None else None,
+                _storable(message[:MAX_MESSAGE]) if message is not None else None,
                 to_json(dict(details), what="details", max_bytes=MAX_DETAILS_BYTES) if details else None,
             )
         )
@@ -84,9 +85,14 @@ class JobContext:
         def report(
             fraction: float, message: str | None = None, details: Mapping[str, Any] | None = None
         ) -> None:
-            self.progress(fraction * 100, message, details=details)
+            self.progress(round(fraction * 100, 6), message, details=details)  # 0.29 is 29 %
 
         return report
+
+
+def _storable(text: str) -> str:
+    """`text` without what PostgreSQL refuses: one bad message would fail every job it is written with."""
+    return text.replace("\0", "").encode("utf-8", "replace").decode()
 
 
 _current: ContextVar[JobContext | None] = ContextVar("laneway_current_job", default=None)

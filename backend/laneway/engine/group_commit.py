@@ -41,11 +41,15 @@ def commit_each(commit: Callable[[Sequence[T]], Sequence[R]], items: Sequence[T]
             return [error]
     except (sa.exc.DBAPIError, sa.exc.TimeoutError) as error:
         log.warning("group_refused", items=len(items), error=type(error).__name__)
-        away = StorageUnavailable(retry_after_seconds=2)
-        away.__cause__ = error
-        return [away] * len(items)
+        return [_away(error) for _ in items]
     half = len(items) // 2
     return commit_each(commit, items[:half]) + commit_each(commit, items[half:])
+
+
+def _away(error: Exception) -> StorageUnavailable:
+    away = StorageUnavailable(retry_after_seconds=2)
+    away.__cause__ = error
+    return away
 
 
 class GroupCommit(Generic[T, R]):
@@ -72,7 +76,10 @@ class GroupCommit(Generic[T, R]):
         self._thread.start()
 
     async def add(self, item: T) -> R:
-        """Wait until `item` is committed; its result. Raises what its commit raised, or StorageUnavailable."""
+        """Wait until `item` is committed; its result.
+
+        Raises what its commit raised, StorageUnavailable when too many wait, or after `close`.
+        """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[R] = loop.create_future()
         with self._wake:
@@ -100,6 +107,8 @@ class GroupCommit(Generic[T, R]):
                 group = self._next_group()
             try:
                 outcomes = commit_each(self._commit, [item for item, _, _ in group])
+                if len(outcomes) != len(group):
+                    raise RuntimeError(f"{len(outcomes)} outcomes for {len(group)} items")
             except Exception as error:
                 log.exception("group_failed", items=len(group))
                 outcomes = [error] * len(group)
@@ -107,11 +116,14 @@ class GroupCommit(Generic[T, R]):
             for (_, future, loop), outcome in zip(group, outcomes, strict=True):
                 by_loop.setdefault(loop, []).append((future, outcome))
             for loop, answers in by_loop.items():
-                if not loop.is_closed():
+                try:
                     loop.call_soon_threadsafe(_answer, answers)
+                except RuntimeError:
+                    pass  # the loop is closed: nobody waits any more
 
     def _next_group(self) -> list[tuple[T, asyncio.Future[R], asyncio.AbstractEventLoop]]:
-        group, size = [], 0
+        group: list[tuple[T, asyncio.Future[R], asyncio.AbstractEventLoop]] = []
+        size = 0
         while self._waiting and len(group) < self._max_items:
             size += self._weigh(self._waiting[0][0])
             if group and size > self._max_bytes:

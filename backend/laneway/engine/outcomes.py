@@ -14,10 +14,12 @@ import sqlalchemy as sa
 from laneway import models
 from laneway.domain.events import DEFAULT_WEBHOOK_EVENTS, EVENT_OF
 from laneway.domain.retry import RetryPolicy, crash_delay
+from laneway.domain.spec import MAX_SECONDS
+from laneway.domain.states import JobStatus
 from laneway.engine import transitions
 from laneway.engine.endings import Cancelled, Crashed, Ending, Raised, Returned, TimedOut, Unfinished
 from laneway.engine.queries import view
-from laneway.engine.transitions import Applied, HeldMove, Move, Outcome
+from laneway.engine.transitions import Applied, BackOff, HeldMove, Move, Outcome, Release, Stop
 from laneway.webhooks.messages import EndedJob, record
 
 MAX_ERROR_MESSAGE = 2_000
@@ -65,16 +67,20 @@ class Claimed:
 
 
 def error_record(type_: str, message: str, *, category: str, traceback: str = "") -> str:
-    """The `error` of a job as JSON text, cut to its limits."""
+    """The `error` of a job as JSON text, cut to its limits; what is no Unicode becomes `?`."""
     return json.dumps(
         {
-            "type": type_[:200],
-            "message": message[:MAX_ERROR_MESSAGE],
+            "type": _sound(type_[:200]),
+            "message": _sound(message[:MAX_ERROR_MESSAGE]),
             "category": category,
-            "traceback": traceback[-MAX_TRACEBACK:] or None,
+            "traceback": _sound(traceback[-MAX_TRACEBACK:]) or None,
         },
         ensure_ascii=True,
     )
+
+
+def _sound(text: str) -> str:
+    return text.encode("utf-8", "replace").decode()
 
 
 def decide(  # noqa: PLR0911 - one return an ending
@@ -96,8 +102,8 @@ def decide(  # noqa: PLR0911 - one return an ending
                 return transitions.Fail(*hold, error=error, reason="poison", crash=1)
             wait = timedelta(seconds=crash_delay(job.crash_count + 1))
             return transitions.BackOff(*hold, next_retry_at=now + wait, charge=0, crash=1, error=error)
-        case TimedOut(seconds, traceback):
-            message = f"the job ran longer than its timeout of {seconds} s"
+        case TimedOut(limit, traceback):
+            message = f"the job ran longer than its timeout of {limit} s"
             error = error_record("JobTimeout", message, category="timeout", traceback=traceback)
             if not more:
                 return transitions.TimeOut(*hold, error=error)
@@ -110,7 +116,9 @@ def decide(  # noqa: PLR0911 - one return an ending
                 return transitions.Fail(*hold, error=error, reason="permanent")
             if charged and not more:
                 return transitions.Fail(*hold, error=error, reason="exhausted")
-            seconds = job.retry_policy.delay(job.retry_count, rng=rng) if in_seconds is None else in_seconds
+            seconds = job.retry_policy.delay(job.retry_count, rng=rng)
+            if in_seconds is not None:  # a handler may ask for infinity, or for what is not a number
+                seconds = in_seconds if 0 <= in_seconds <= MAX_SECONDS else float(MAX_SECONDS)
             due = now + timedelta(seconds=seconds)
             return transitions.BackOff(*hold, next_retry_at=due, charge=int(charged), error=error)
 
@@ -123,10 +131,32 @@ def carry_out(
     actor: str,
     job_types: Sequence[str] | None = None,
 ) -> list[Outcome]:
-    """Apply moves and write what follows from them: whoever changes a job's status calls this."""
+    """Apply moves and write what follows from them: whoever changes a job's status calls this.
+
+    A job that somebody asked to stop gets no other attempt: where it would have gone back to waiting it
+    ends `cancelled`, and the outcome's move is the `Stop` that was made instead.
+    """
     outcomes = transitions.apply(connection, moves, now=now, actor=actor, job_types=job_types)
+    _stop_instead(connection, outcomes, now=now, actor=actor)
     _tell(connection, (o for o in outcomes if isinstance(o, Applied)), now=now)
     return outcomes
+
+
+def _stop_instead(
+    connection: sa.Connection, outcomes: list[Outcome], *, now: datetime, actor: str
+) -> None:
+    stops = {
+        place: Stop(o.move.job_id, o.move.attempt, o.move.lease_token)
+        for place, o in enumerate(outcomes)
+        if isinstance(o.move, BackOff | Release)
+        and not isinstance(o, Applied)
+        and (o.status, o.attempt) == (JobStatus.RUNNING, o.move.attempt)
+    }
+    if stops:
+        made = transitions.apply(connection, list(stops.values()), now=now, actor=actor)
+        for place, outcome in zip(stops, made, strict=True):
+            if isinstance(outcome, Applied):
+                outcomes[place] = outcome
 
 
 def _tell(connection: sa.Connection, applied: Iterable[Applied], *, now: datetime) -> None:

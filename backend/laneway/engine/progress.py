@@ -12,7 +12,14 @@ from laneway.db import Moment, Rows
 from laneway.engine.context import Progress
 from laneway.engine.outcomes import Claimed
 
-_ROWS = Rows(job_id="id", attempt="int", lease_token="id", percent="int", message="text", details="text")
+_ROWS = Rows(
+    job_id="id",
+    attempt="int",
+    lease_token="id",  # noqa: S106 - a kind of column
+    percent="int",
+    message="text",
+    details="text",
+)
 
 
 @cache
@@ -26,7 +33,10 @@ def _update(dialect: str) -> sa.TextClause:
 
 
 def save(connection: sa.Connection, news: Sequence[tuple[Claimed, Progress]], *, now: datetime) -> None:
-    """Write the newest progress of held jobs. Within an attempt it never falls; stale attempts change nothing."""
+    """Write the newest progress of held jobs, one each.
+
+    Within an attempt it never falls; stale attempts change nothing.
+    """
     rows = [(job.job_id, job.attempt, job.lease_token, p.percent, p.message, p.details) for job, p in news]
     if rows:
         dialect = connection.dialect.name

@@ -13,11 +13,13 @@ from typing import Any
 import sqlalchemy as sa
 
 from laneway import models
-from laneway.domain.spec import Priority
+from laneway.db import utc_now
+from laneway.domain.spec import DEFAULT_QUEUE, Priority, queue_of
 from laneway.domain.states import FINAL, JobStatus
 from laneway.errors import InvalidCursor
 
 j = models.jobs.c
+w = models.workers.c
 MAX_COUNTED = 10_000
 
 _PLAIN = (
@@ -215,3 +217,46 @@ def status_counts(connection: sa.Connection, tenant_id: str) -> dict[str, int]:
         )
         counts[status] = connection.execute(sa.select(sa.func.count()).select_from(some)).scalar_one()
     return counts
+
+
+def lanes_with_work(connection: sa.Connection) -> list[str]:
+    """The lanes that have queued rows: one index probe a lane, however many rows."""
+    lanes: list[str] = []
+    while True:
+        query = sa.select(j.lane).where(j.status == JobStatus.QUEUED).order_by(j.lane).limit(1)
+        if lanes:
+            query = query.where(j.lane > lanes[-1])
+        lane = connection.execute(query).scalar()
+        if lane is None:
+            return lanes
+        lanes.append(lane)
+
+
+def known_queues(connection: sa.Connection) -> list[str]:
+    """The default queue, those with queued rows, and those that living workers serve."""
+    served = connection.execute(sa.select(w.lanes).where(w.state.in_(("active", "draining")))).scalars()
+    lanes = {lane for lanes in served for lane in lanes} | set(lanes_with_work(connection))
+    return sorted({DEFAULT_QUEUE} | {queue_of(lane) for lane in lanes})
+
+
+def living_workers(connection: sa.Connection, *, within_seconds: float) -> list[dict[str, Any]]:
+    """Workers that beat within the last so many seconds of the database's clock."""
+    now = connection.execute(sa.select(utc_now())).scalar_one()
+    rows = connection.execute(
+        sa.select(models.workers).where(w.state.in_(("active", "draining"))).order_by(w.id)
+    )
+    living = []
+    for row in rows:
+        age = (now - row.beat_at).total_seconds()
+        if age <= within_seconds:
+            living.append(
+                {
+                    "id": row.id,
+                    "name": row.name,
+                    "state": row.state,
+                    "lanes": row.lanes,
+                    "held": len(row.held),
+                    "beat_age_seconds": max(0.0, age),
+                }
+            )
+    return living

@@ -16,7 +16,7 @@ from laneway import models
 from laneway.clock import Clock, SystemClock, new_id
 from laneway.db import Database
 from laneway.domain.payload import to_json
-from laneway.domain.spec import JobSpec
+from laneway.domain.spec import JobSpec, Priority, lane_of
 from laneway.domain.states import FINAL, JobStatus
 from laneway.engine import queries
 from laneway.engine.callers import Caller, Role
@@ -133,26 +133,23 @@ class JobService:
         return Prepared(row, spec)
 
     def enqueue(self, prepared: Sequence[Prepared]) -> list[dict[str, Any] | Exception]:
-        """Write jobs in one transaction, then ring their lanes in one round trip.
+        """Write jobs; one answer each, in order: the job, or the error of that job alone.
 
-        One answer a job, in order: the job, the active one that holds its unique key, or the error of that
-        job alone. Returns after the commit: what is answered is kept.
+        The answer is the new job, or the active one that holds its unique key. What is answered is kept.
         """
-        answers = commit_each(self._create, prepared)
-        made = [
-            (p.row.lane, p.row.id)
-            for p, answer in zip(prepared, answers, strict=True)
-            if not isinstance(answer, Exception) and answer["id"] == p.row.id and p.row.queued_at is not None
-        ]
-        self.ring(made)
-        return answers
+        return commit_each(self.create, prepared)
 
-    def _create(self, prepared: Sequence[Prepared]) -> list[dict[str, Any]]:
+    def create(self, prepared: Sequence[Prepared]) -> list[dict[str, Any]]:
+        """Write jobs in one transaction, then ring their lanes in one round trip: all of them, or raise."""
         now = self.clock.now()
         answers: list[dict[str, Any]] = []
+        rung: list[tuple[str, str]] = []
         with self.database.write() as connection:
             for p, made in zip(prepared, create(connection, [p.row for p in prepared], now=now), strict=True):
                 answers.append(_new_view(p, now) if made else _holder(connection, p))
+                if made and p.row.queued_at is not None:
+                    rung.append((p.row.lane, p.row.id))
+        self.ring(rung)
         return answers
 
     def ring(self, items: Sequence[tuple[str, str]]) -> None:
@@ -268,15 +265,50 @@ class JobService:
 
     # Queues
 
-    def queue_state(self, lanes: Sequence[str]) -> dict[str, dict[str, Any]]:
-        """Per lane: rows queued, ids in Redis (None when it is away), age of the oldest in seconds."""
+    def queue_stats(self, caller: Caller) -> dict[str, Any]:
+        """Per queue and lane: rows queued, ids in Redis, age of the oldest; the tenant's jobs by status."""
         with self.database.read() as connection:
-            states = queries.lane_state(connection, lanes, now=self.clock.now())
+            names = queries.known_queues(connection)
+            lanes = [(name, priority, lane_of(name, priority)) for name in names for priority in Priority]
+            states = queries.lane_state(connection, [lane for _, _, lane in lanes], now=self.clock.now())
+            counts = queries.status_counts(connection, caller.tenant_id)
+        depths = self._depths([lane for _, _, lane in lanes]) or {}
+        queues = []
+        for name in names:
+            views = [
+                {"lane": lane, "priority": priority.value, **states[lane], "depth": depths.get(lane)}
+                for queue, priority, lane in lanes
+                if queue == name
+            ]
+            queues.append({"name": name, "queued": sum(v["queued"] for v in views), "lanes": views})
+        return {"queues": queues, "jobs": counts}
+
+    def queue_health(self) -> dict[str, Any]:
+        """Who works: living workers, and the reasons for which nobody might."""
+        with self.database.read() as connection:
+            workers = queries.living_workers(connection, within_seconds=self.settings.lease_seconds)
+            waiting = queries.lanes_with_work(connection)
+        redis = "ok" if self._depths(["normal"]) is not None else "away"
+        served = {lane for worker in workers for lane in worker["lanes"]}
+        reasons = [] if workers else ["no worker is alive: start one with `laneway worker`"]
+        if workers:
+            reasons = [
+                f"jobs wait in lane {lane!r}, and no worker serves it"
+                for lane in waiting
+                if lane not in served
+            ]
+        return {
+            "status": "unhealthy" if reasons else "healthy",
+            "reasons": reasons,
+            "redis": redis,
+            "workers": workers,
+        }
+
+    def _depths(self, lanes: Sequence[str]) -> dict[str, int] | None:
         try:
-            depths: Mapping[str, int | None] = self.lanes.depths(lanes)
+            return self.lanes.depths(lanes)
         except LanesUnavailable:
-            depths = {}
-        return {lane: state | {"depth": depths.get(lane)} for lane, state in states.items()}
+            return None
 
 
 def _scope(caller: Caller) -> Scope:

@@ -6,11 +6,14 @@ and the lease token. What the WHERE does not match is not changed, and comes bac
 change adds one row to `job_events` in the same transaction. Nothing here commits.
 
 Any number of processes may run this at once. Correctness rests on the row lock of each UPDATE at READ
-COMMITTED (SQLite: on its single writer) and on the CHECK and UNIQUE constraints in `models.py`.
+COMMITTED (SQLite: on its single writer) and on the CHECK and UNIQUE constraints in `models.py`. Batches
+name their rows in one order, whoever asks, so that two of them seldom lock each other out; a deadlock
+that happens all the same is an error of the whole transaction, which may be tried again.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime
@@ -46,6 +49,7 @@ class HeldMove(Move):
 
 
 _LET_GO = "lease_token = NULL, worker_id = NULL"
+_UNASKED = "jobs.cancel_requested_at IS NULL"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +69,12 @@ class Claim(Move):
     at: datetime  # of this job: a batch keeps its order in `started_at`
 
     action = Action.CLAIM
-    kinds = {"job_id": "id", "lease_token": "id", "worker_id": "id", "at": "moment"}
+    kinds: ClassVar = {"job_id": "id", "lease_token": "id", "worker_id": "id", "at": "moment"}
     sets = (
         "attempt = jobs.attempt + 1, lease_token = u.lease_token, worker_id = u.worker_id, started_at = u.at,"
         " progress = 0, progress_message = NULL, progress_details = NULL"
     )
-    guard = "jobs.cancel_requested_at IS NULL AND (jobs.expires_at IS NULL OR jobs.expires_at > :now)"
+    guard = f"{_UNASKED} AND (jobs.expires_at IS NULL OR jobs.expires_at > :now)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +90,10 @@ class Complete(HeldMove):
 
 @dataclass(frozen=True, slots=True)
 class BackOff(HeldMove):
-    """Try again at `next_retry_at`. `charge` 1 uses up a retry; `crash` 1 says that the process died."""
+    """Try again at `next_retry_at`. `charge` 1 uses up a retry; `crash` 1 says that the process died.
+
+    Refused when somebody asked the job to stop: there will be no other attempt.
+    """
 
     next_retry_at: datetime
     charge: int = 1
@@ -99,6 +106,7 @@ class BackOff(HeldMove):
         "next_retry_at = u.next_retry_at, retry_count = jobs.retry_count + u.charge,"
         f" crash_count = jobs.crash_count + u.crash, error = u.error, {_LET_GO}"
     )
+    guard = _UNASKED
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +139,10 @@ class TimeOut(HeldMove):
 
 @dataclass(frozen=True, slots=True)
 class Release(HeldMove):
-    """Give the job back unfinished, to its old place in the lane. Charges no retry."""
+    """Give the job back unfinished, to its old place in the lane. Charges no retry.
+
+    Refused when somebody asked the job to stop: no worker would take it again.
+    """
 
     crash: int = 0
     error: str | None = None
@@ -139,6 +150,7 @@ class Release(HeldMove):
     action = Action.RELEASE
     kinds = HeldMove.kinds | {"crash": "int", "error": "text"}
     sets = f"crash_count = jobs.crash_count + u.crash, progress = 0, {_LET_GO}"
+    guard = _UNASKED
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +169,7 @@ class Cancel(Move):
     reason: str | None = None
 
     action = Action.CANCEL
-    kinds = {"job_id": "id", "by": "text", "reason": "text"}
+    kinds: ClassVar = {"job_id": "id", "by": "text", "reason": "text"}
     sets = (
         "cancel_requested_at = :now, cancelled_by = u.by, cancel_reason = u.reason,"
         " next_retry_at = NULL, finished_at = :now"
@@ -181,7 +193,8 @@ class Retry(Move):
     sets = (
         "queued_at = :now, finished_at = NULL, result = NULL, error = NULL, dead_letter_reason = NULL,"
         " retry_count = 0, crash_count = 0, progress = 0, progress_message = NULL, progress_details = NULL,"
-        " cancel_requested_at = NULL, cancelled_by = NULL, cancel_reason = NULL, expires_at = NULL"
+        " cancel_requested_at = NULL, cancel_terminate = false, cancel_grace_seconds = NULL,"
+        " cancelled_by = NULL, cancel_reason = NULL, expires_at = NULL"
     )
 
 
@@ -193,7 +206,7 @@ class ForceComplete(Move):
     reason: str | None = None
 
     action = Action.FORCE_COMPLETE
-    kinds = {"job_id": "id", "result": "text", "reason": "text"}
+    kinds: ClassVar = {"job_id": "id", "result": "text", "reason": "text"}
     sets = (
         "progress = 100, result = u.result, error = NULL, dead_letter_reason = NULL, next_retry_at = NULL,"
         f" finished_at = :now, {_LET_GO}"
@@ -218,7 +231,7 @@ MOVES: tuple[type[Move], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """The move changed the row. `row` has what the next steps need (see `RETURNED`, and CLAIMED for claims)."""
+    """The move changed the row. `row` has what the next steps need: RETURNED, and CLAIMED for claims."""
 
     move: Move
     row: sa.RowMapping
@@ -254,6 +267,7 @@ CLAIMED = (
     "retry_jitter",
 )
 _IDS = frozenset({"id", "tenant_id"})
+_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 _EVENTS = Rows(
     job_id="id",
@@ -312,7 +326,8 @@ def apply(
 ) -> list[Outcome]:
     """Make every move that the table allows; the outcomes come in the order of the moves.
 
-    Of several moves of one kind for one job the first counts. `job_types` narrows claims to jobs their
+    Of several moves of one kind for one job the first counts. What is no id in our spelling (ids come from
+    Redis too, where anybody may have written them) is an unknown job. `job_types` narrows claims to jobs their
     worker can run: others stay queued for a worker that knows them.
     """
     dialect = connection.dialect.name
@@ -320,11 +335,12 @@ def apply(
     events: list[tuple[Any, ...]] = []
     by_kind: dict[type[Move], dict[str, int]] = {}
     for index, move in enumerate(moves):
-        by_kind.setdefault(type(move), {}).setdefault(move.job_id, index)
+        if _ID.fullmatch(move.job_id):
+            by_kind.setdefault(type(move), {}).setdefault(move.job_id, index)
     for kind, places in by_kind.items():
         known = kind is Claim and job_types is not None
         statement, rows = _update(kind, dialect, known)
-        chosen = [moves[index] for index in places.values()]
+        chosen = [moves[index] for _, index in sorted(places.items())]
         parameters = rows.bind(dialect, [tuple(getattr(m, name) for name in rows.columns) for m in chosen])
         if known:
             parameters["job_types"] = listed(dialect, job_types or ())
@@ -356,10 +372,11 @@ def apply(
 
 def _where_they_are(connection: sa.Connection, ids: Iterable[str]) -> dict[str, tuple[JobStatus, int]]:
     dialect = connection.dialect.name
+    known = sorted({job_id for job_id in ids if _ID.fullmatch(job_id)})
     statement = sa.text(
         f"SELECT CAST(id AS text), status, attempt FROM jobs WHERE id IN {any_of(dialect, 'ids', kind='id')}"  # noqa: S608
     )
-    rows = connection.execute(statement, {"ids": listed(dialect, sorted(set(ids)))})
+    rows = connection.execute(statement, {"ids": listed(dialect, known)})
     return {job_id: (JobStatus(status), attempt) for job_id, status, attempt in rows}
 
 
@@ -422,9 +439,15 @@ def _insert_jobs(dialect: str) -> sa.TextClause:
 
 
 def create(connection: sa.Connection, jobs: Sequence[NewJob], *, now: datetime) -> list[str | None]:
-    """Insert rows and their first events; the id of each, or None where an active job holds its unique key."""
+    """Insert rows and their first events.
+
+    The id of each, or None where an active job holds its unique key: of the batch, the first has it. Rows
+    go in by their keys, since an insert waits for another transaction's uncommitted holder of its key, and
+    two that wait for each other would both be refused.
+    """
     dialect = connection.dialect.name
-    rows = [tuple(getattr(job, name) for name in _NEW.columns) for job in jobs]
+    by_key = sorted(jobs, key=lambda job: job.unique_key or "")
+    rows = [tuple(getattr(job, name) for name in _NEW.columns) for job in by_key]
     made = set(connection.execute(_insert_jobs(dialect), {"now": now, **_NEW.bind(dialect, rows)}).scalars())
     events = [
         (job.id, 1, job.tenant_id, "create", job.status, 0, job.created_by, None, None)

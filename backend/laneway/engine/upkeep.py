@@ -17,6 +17,7 @@ from laneway.clock import Clock
 from laneway.db import Database
 from laneway.domain.states import JobStatus
 from laneway.engine.outcomes import carry_out, error_record
+from laneway.engine.queries import lanes_with_work
 from laneway.engine.transitions import Applied, Enqueue, Expire, Fail, Move, Release, Stop
 from laneway.lanes.backend import LaneBackend
 from laneway.log import get_logger
@@ -77,7 +78,9 @@ def reconcile(database: Database, lanes: LaneBackend, *, window: int, now: datet
     ids were rung. Raises LanesUnavailable.
     """
     rung = 0
-    for lane in _lanes_with_work(database):
+    with database.read() as connection:
+        names = lanes_with_work(connection)
+    for lane in names:
         backlog = lanes.backlog(lane)  # before the rows are read: a refusal after this keeps the flag up
         queued = sa.select(j.id, j.queued_at).where(j.lane == lane, j.status == JobStatus.QUEUED)
         with database.read() as connection:
@@ -99,20 +102,6 @@ def reconcile(database: Database, lanes: LaneBackend, *, window: int, now: datet
         if head or tail or (backlog.waiting and settled):
             rung += lanes.refill(lane, head, tail, complete=settled, refusals_seen=backlog.refusals)
     return rung
-
-
-def _lanes_with_work(database: Database) -> list[str]:
-    """The lanes that have queued rows: one index probe a lane, however many rows."""
-    lanes: list[str] = []
-    with database.read() as connection:
-        while True:
-            query = sa.select(j.lane).where(j.status == JobStatus.QUEUED).order_by(j.lane).limit(1)
-            if lanes:
-                query = query.where(j.lane > lanes[-1])
-            lane = connection.execute(query).scalar()
-            if lane is None:
-                return lanes
-            lanes.append(lane)
 
 
 @dataclass(slots=True)
@@ -213,7 +202,8 @@ class Reaper:
         return self._take_back(verdict.lost_claims)
 
     def _declare_dead(self, worker_id: str, beat: int) -> None:
-        dying = sa.update(models.workers).where(w.id == worker_id, w.beat == beat).values(state="dead")
+        silent = (w.id == worker_id, w.beat == beat, w.state.in_(("active", "draining")))
+        dying = sa.update(models.workers).where(*silent).values(state="dead")
         with self._database.write() as connection:
             if connection.execute(dying).rowcount:
                 log.warning("worker_dead", worker_id=worker_id, beat=beat)

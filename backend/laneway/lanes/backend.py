@@ -109,7 +109,7 @@ class LaneBackend(Protocol):
         Both are in order, next first; what is in the lane already is left out, and what does not fit
         the window too. `complete` says that no queued row is missing beyond those given. The backlog
         flag falls when that is so, all of them fit, and nothing was refused since `refusals_seen`; it
-        rises when rows stay outside. One call with more than 1,000 ids keeps Redis busy for over 10 ms.
+        rises when rows stay outside. Redis does nothing else meanwhile: about 7 µs an id.
         """
         ...
 

@@ -1,7 +1,8 @@
 -- Show that runs are over. A job without a hash is left alone: it expired, or never was in a lane.
 -- KEYS  rq:worker:<name>, rq:worker:<name>:executions; the name is empty when no worker is to be counted
--- ARGV  now (seconds), now (ISO), most ids of one registry; then for each lane: its name, how many jobs, and for each
---       job: id, RQ status (queued: only its run is over), when it runs again (seconds), its error as RQ stores it
+-- ARGV  now (seconds), now (ISO), most ids of one registry; then for each lane: its name, how many jobs;
+--       and for each of its jobs: id, RQ status (queued: only the run is over), when it runs again
+--       (seconds), its error as RQ stores it
 -- Reply nothing
 local now, now_iso, limit = tonumber(ARGV[1]), ARGV[2], tonumber(ARGV[3])
 local at, succeeded, broken = 4, 0, 0
@@ -12,7 +13,9 @@ local function enter(registry, entries, stale_before)
   redis.call('ZREMRANGEBYSCORE', registry, '-inf', stale_before)
   local excess = redis.call('ZCARD', registry) - limit
   if excess > 0 then
-    for _, id in ipairs(redis.call('ZRANGE', registry, 0, excess - 1)) do redis.call('UNLINK', 'rq:job:' .. id, 'rq:results:' .. id) end
+    for _, id in ipairs(redis.call('ZRANGE', registry, 0, excess - 1)) do
+      redis.call('UNLINK', 'rq:job:' .. id, 'rq:results:' .. id)
+    end
     redis.call('ZREMRANGEBYRANK', registry, 0, excess - 1)
   end
 end
@@ -44,7 +47,8 @@ while at < #ARGV do
       entry[#entry + 1] = score
       entry[#entry + 1] = id
     end
-    if status == 'finished' then succeeded = succeeded + 1 elseif status == 'failed' then broken = broken + 1 end
+    if status == 'finished' then succeeded = succeeded + 1 end
+    if status == 'failed' then broken = broken + 1 end
   end
   -- Only jobs that outlived a tick of mirror_running were ever shown as running.
   if each_part('ZREM', 'rq:wip:' .. lane, runs) > 0 then

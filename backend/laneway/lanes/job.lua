@@ -18,7 +18,9 @@
 local RESULT_TTL, FAILURE_TTL = 500, 7 * 86400
 local TAKEN_TTL = 86400  -- what a worker took and never spoke of again
 local EXECUTION = ':laneway'  -- a job runs once at a time, so one name serves all its executions
-local REGISTRIES = {finished = 'rq:finished:', failed = 'rq:failed:', canceled = 'rq:canceled:', scheduled = 'rq:scheduled:'}
+local REGISTRIES = {
+  finished = 'rq:finished:', failed = 'rq:failed:', canceled = 'rq:canceled:', scheduled = 'rq:scheduled:',
+}
 local PART = 1000  -- arguments of one command; Lua's stack holds about 8,000
 
 -- The sum of what `command key member...` answers, over all members.
@@ -53,7 +55,8 @@ local function write_job(id, lane, status, now_iso)
     redis.call('DEL', key)
   end
   redis.call('HSET', key, 'status', status, 'data', pickled_call(id), 'origin', lane, 'description', id,
-    'created_at', now_iso, 'enqueued_at', now_iso, 'timeout', -1, 'result_ttl', RESULT_TTL, 'failure_ttl', FAILURE_TTL)
+    'created_at', now_iso, 'enqueued_at', now_iso, 'timeout', -1,
+    'result_ttl', RESULT_TTL, 'failure_ttl', FAILURE_TTL)
 end
 
 -- One stroke for each new id, as long as the bell holds no more than `strokes`.

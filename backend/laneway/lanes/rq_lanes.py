@@ -42,6 +42,7 @@ from laneway.log import get_logger
 CONNECT_SECONDS = 1.0
 COMMAND_SECONDS = 2.0
 BREAK_SECONDS = 1.0
+SHORTEST_WAIT_SECONDS = 0.01  # BLPOP takes 0 for "for ever", and Redis 6.2 even takes 0.001 for 0
 REMOVED_TTL = 500
 REMOVE_PART = 500  # LREM walks the list: about 0.1 ms each in a full lane
 
@@ -191,7 +192,7 @@ class RqLanes:
         return [key.removeprefix("rq:worker:") for key, lives in zip(keys, alive, strict=True) if lives]
 
     def wait(self, queues: Sequence[str], timeout_seconds: float) -> bool:
-        seconds = max(0.001, min(timeout_seconds, LONGEST_WAIT_SECONDS))  # 0 would be for ever
+        seconds = min(max(timeout_seconds, SHORTEST_WAIT_SECONDS), LONGEST_WAIT_SECONDS)
         with self._reaching():
             return self._bells.blpop([bell_key(queue) for queue in queues], timeout=seconds) is not None
 

@@ -1,6 +1,7 @@
 -- Show jobs as running, to RQ's registries and to the worker's own list.
 -- KEYS  rq:worker:<name>:executions
--- ARGV  now (seconds), now (ISO), the worker's name, lease in seconds; then for each lane: its name, how many ids, the ids
+-- ARGV  now (seconds), now (ISO), the worker's name, lease in seconds; then for each lane: its name, how
+--       many ids, the ids
 -- Reply nothing
 local now, now_iso, worker, lease = tonumber(ARGV[1]), ARGV[2], ARGV[3], tonumber(ARGV[4])
 local at, mine = 5, {}
@@ -9,16 +10,19 @@ while at < #ARGV do
   for i = at + 2, at + 1 + count do
     local id = ARGV[i]
     local job, run = 'rq:job:' .. id, id .. EXECUTION
+    local execution, executions, name = 'rq:execution:' .. run, 'rq:executions:' .. id, string.sub(EXECUTION, 2)
     local status = redis.call('HGET', job, 'status')
-    if status ~= 'started' and status ~= 'queued' then write_job(id, lane, 'started', now_iso) end  -- it never was in a lane
+    if status ~= 'started' and status ~= 'queued' then
+      write_job(id, lane, 'started', now_iso)  -- the worker found it in the database, not in a lane
+    end
     redis.call('HSET', job, 'status', 'started', 'worker_name', worker, 'last_heartbeat', now_iso)
     redis.call('HSETNX', job, 'started_at', now_iso)
     redis.call('EXPIRE', job, TAKEN_TTL)
-    redis.call('HSETNX', 'rq:execution:' .. run, 'created_at', now)
-    redis.call('HSET', 'rq:execution:' .. run, 'id', string.sub(EXECUTION, 2), 'job_id', id, 'worker_name', worker, 'last_heartbeat', now)
-    redis.call('EXPIRE', 'rq:execution:' .. run, lease)
-    redis.call('ZADD', 'rq:executions:' .. id, now + lease, string.sub(EXECUTION, 2))
-    redis.call('EXPIRE', 'rq:executions:' .. id, lease)
+    redis.call('HSETNX', execution, 'created_at', now)
+    redis.call('HSET', execution, 'id', name, 'job_id', id, 'worker_name', worker, 'last_heartbeat', now)
+    redis.call('EXPIRE', execution, lease)
+    redis.call('ZADD', executions, now + lease, name)
+    redis.call('EXPIRE', executions, lease)
     entries[#entries + 1] = now + lease
     entries[#entries + 1] = run
     mine[#mine + 1] = run

@@ -9,7 +9,8 @@ for _, list in ipairs(KEYS) do
   for _, id in ipairs(redis.call('LPOP', list, room) or {}) do
     local job = 'rq:job:' .. id
     if redis.call('HGET', job, 'status') == 'queued' then
-      redis.call('HSET', job, 'status', 'started', 'worker_name', worker, 'started_at', now_iso, 'last_heartbeat', now_iso)
+      redis.call('HSET', job, 'status', 'started', 'worker_name', worker,
+        'started_at', now_iso, 'last_heartbeat', now_iso)
       redis.call('EXPIRE', job, TAKEN_TTL)
     end
     taken[#taken + 1] = id

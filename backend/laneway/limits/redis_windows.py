@@ -47,24 +47,21 @@ class RedisWindows:
         """The script's reply to each call, in order, or the error Redis answered it with.
 
         All go in one round trip. Raises RedisError, OSError or TimeoutError when the replies did not
-        come within 50 ms: any of the calls may have been charged. `now_us` stands in for Redis' clock.
+        come within 50 ms: any of the calls may have been charged, and the connection is dropped, so that
+        a late reply is not taken for another call's. `now_us` stands in for Redis' clock.
         """
         loop = asyncio.get_running_loop()
-        try:
-            async with asyncio.timeout(None) as limit:
-                # When this process was held up, the replies may be waiting in the socket: the end is
-                # set only once the loop turns again, and leaves them time to be read.
-                alarm = loop.call_later(
-                    TIMEOUT_SECONDS - _LAST_WAIT_SECONDS,
-                    lambda: limit.reschedule(loop.time() + _LAST_WAIT_SECONDS),
-                )
-                try:
-                    return await self._exchange([script_arguments(charges, now_us) for charges in calls])
-                finally:
-                    alarm.cancel()
-        except BaseException:
-            await self.close()  # a reply still to come must not be taken for the next call's
-            raise
+        async with asyncio.timeout(None) as limit:
+            # When this process was held up, the replies may be waiting in the socket: the end is set
+            # only once the loop turns again, and leaves them time to be read.
+            alarm = loop.call_later(
+                TIMEOUT_SECONDS - _LAST_WAIT_SECONDS,
+                lambda: limit.reschedule(loop.time() + _LAST_WAIT_SECONDS),
+            )
+            try:
+                return await self._exchange([script_arguments(charges, now_us) for charges in calls])
+            finally:
+                alarm.cancel()
 
     async def close(self) -> None:
         """Drop the connection. The next call opens another."""
@@ -93,7 +90,7 @@ class RedisWindows:
 
 
 def script_arguments(charges: Sequence[Charge], now_us: int | None) -> tuple[bytes | int, ...]:
-    """What follows the script in EVAL: the number of keys, the keys, then ARGV as the script's head has it."""
+    """What follows the script in EVAL: how many keys, the keys, then ARGV as the script's head says."""
     arguments: list[bytes | int] = [len(charges), *(charge.key for charge in charges)]
     arguments.append(b"" if now_us is None else now_us)
     for charge in charges:

@@ -51,9 +51,9 @@ class Rule:
     def grain_us(self) -> int:
         """What stamps are rounded up to: exact for small quotas, else a 64th of the window.
 
-        Bounds a log at 65 records, however large the quota is.
+        Bounds a log at 65 records, however large the quota is. A second divides by 64 without a rest.
         """
-        return 1 if self.quota <= _EXACT_QUOTA else -(-self.window_us // 64)
+        return 1 if self.quota <= _EXACT_QUOTA else self.window_us // 64
 
     def key(self, *, tenant_id: str, subject: str) -> bytes:
         """The Redis key of this rule's log: `rl:{tenant}:name:digest`.

@@ -94,8 +94,8 @@ class Courier:
 
     async def run(self) -> None:
         """Works until `stop` is called; then finishes what is in flight and gives back what was not sent."""
-        self._loop = asyncio.get_running_loop()
         self._bell = asyncio.Event()
+        self._loop = asyncio.get_running_loop()  # from here on, `stop` rings the bell
         self._gathering: asyncio.TimerHandle | None = None
         self._sql = ThreadPoolExecutor(1, thread_name_prefix="laneway-courier-sql")
         bell_rope = redis.asyncio.Redis.from_url(self._redis_url, retry=Retry(NoBackoff(), 0))
@@ -216,7 +216,9 @@ class Courier:
         self._bell.clear()
 
     def _ring_soon(self) -> None:
-        if self._gathering is None:
+        if not self._tasks:
+            self._bell.set()  # nothing else to wait for
+        elif self._gathering is None:
             self._gathering = asyncio.get_running_loop().call_later(GATHER_SECONDS, self._ring)
 
     def _ring(self) -> None:
@@ -262,7 +264,7 @@ def _tell(finished: Finished) -> None:
         log.info("webhook_delivered", **facts)
     elif verdict.status is DeliveryStatus.RETRYING:
         log.warning(
-            "webhook_attempt_failed", error_class=answer.error_class, next_at=verdict.next_at, **facts
+            "webhook_attempt_failed", error_class=answer.error_class, next_at=str(verdict.next_at), **facts
         )
     else:
         log.error("webhook_dead", error_class=answer.error_class, **facts)

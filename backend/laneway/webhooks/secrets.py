@@ -59,11 +59,14 @@ class SecretBox:
 
     def open(self, sealed: str, context: str) -> str:
         """The text that was sealed. Raises ValueError: unknown key, another context, or changed since."""
+        parts = sealed.split(".")
+        if len(parts) != 3:
+            raise ValueError("not a sealed text")
+        key_id, nonce, ciphertext = parts
+        cipher = self._ciphers.get(key_id)
+        if cipher is None:
+            raise ValueError(f"sealed with the key {key_id!r}, which is not among the configured ones")
         try:
-            key_id, nonce, ciphertext = sealed.split(".")
-            cipher = self._ciphers.get(key_id)
-            if cipher is None:
-                raise ValueError(f"sealed with the key {key_id!r}, which is not among the configured ones")
             return cipher.decrypt(_bytes(nonce), _bytes(ciphertext), context.encode()).decode()
         except InvalidTag:
             raise ValueError(

@@ -1,0 +1,74 @@
+"""The API as an ASGI application."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib import import_module
+
+from fastapi import APIRouter, FastAPI
+from starlette.types import ASGIApp
+
+from laneway import __version__
+from laneway.api import events, health, jobs, problems, queues, webhooks
+from laneway.api.edge import Edge
+from laneway.api.runtime import Runtime
+from laneway.api.schemas import Problem
+from laneway.settings import Settings, get_settings
+
+BASE = "/api/v1"
+
+
+def create_app(settings: Settings | None = None) -> ASGIApp:
+    """The application, for `uvicorn --factory`. Its parts start and stop with the ASGI lifespan."""
+    return Edge(create_api(settings or get_settings()))
+
+
+def create_api(settings: Settings) -> FastAPI:
+    """The FastAPI app inside of the edge: for its OpenAPI document and its routes."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with Runtime.running(settings) as runtime:
+            app.state.runtime = runtime
+            yield
+
+    app = FastAPI(
+        title="Laneway",
+        version=__version__,
+        summary="Background jobs over HTTP, in priority lanes, with signed webhooks.",
+        lifespan=lifespan,
+        redirect_slashes=False,
+        max_body_size=settings.max_body_bytes,
+        redoc_url=None,
+    )
+    app.openapi_version = "3.2.0"
+    problems.install(app)
+    app.include_router(health.router)
+    # `/queues/…` and `/webhooks/…` do not collide with `/jobs/{id}`; ids are UUIDs.
+    for router in (jobs.router, events.router, queues.router, webhooks.router, *_mounted(settings)):
+        app.include_router(router, prefix=BASE)
+    _describe(app)
+    return app
+
+
+def _mounted(settings: Settings) -> list[APIRouter]:
+    """Routers of the modules in LANEWAY_TASKS that have some: `def api_router() -> APIRouter`."""
+    modules = [import_module(name) for name in settings.tasks]
+    return [module.api_router() for module in modules if hasattr(module, "api_router")]
+
+
+def _describe(app: FastAPI) -> None:
+    """Finish the OpenAPI document: the key scheme, and the problem schema that all errors share."""
+    generate = app.openapi
+
+    def openapi() -> dict[str, object]:
+        if app.openapi_schema is None:
+            document = generate()
+            components = document.setdefault("components", {})
+            components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+            components.setdefault("schemas", {})["Problem"] = Problem.model_json_schema()
+            document["security"] = [{"key": []}]
+        return app.openapi_schema  # type: ignore[return-value]
+
+    app.openapi = openapi  # type: ignore[method-assign]

@@ -1,0 +1,83 @@
+"""Which jobs changed, inside one API process: from Redis when it is there, else whoever waits polls."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+
+from laneway.lanes.live import JOBS_CHANNEL
+
+POLL_SECONDS = 1.0  # between looks when nothing was heard: news may be lost
+RECONNECT_SECONDS = 1.0
+
+
+class Watch:
+    """One waiter's view of one job."""
+
+    def __init__(self) -> None:
+        self._changed = asyncio.Event()
+
+    def stir(self) -> None:
+        self._changed.set()
+
+    async def changed(self, seconds: float) -> None:
+        """Return when the job may have changed: on news, or after at most `seconds` or POLL_SECONDS."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._changed.wait(), max(0.0, min(seconds, POLL_SECONDS)))
+        self._changed.clear()
+
+
+class Hub:
+    """Hands news of jobs to those who wait for them."""
+
+    def __init__(self, redis_url: str) -> None:
+        self._redis: Redis = Redis.from_url(
+            redis_url, decode_responses=True, socket_connect_timeout=1.0, retry=Retry(NoBackoff(), 0)
+        )
+        self._watches: dict[str, set[Watch]] = {}
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._listen())
+
+    async def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._task
+        for watches in self._watches.values():
+            for watch in watches:
+                watch.stir()
+        await self._redis.aclose()
+
+    @contextmanager
+    def watch(self, job_id: str) -> Iterator[Watch]:
+        """A view of a job; make it before the first look at the row, so that no change falls in between."""
+        watch = Watch()
+        self._watches.setdefault(job_id, set()).add(watch)
+        try:
+            yield watch
+        finally:
+            watches = self._watches[job_id]
+            watches.discard(watch)
+            if not watches:
+                del self._watches[job_id]
+
+    async def _listen(self) -> None:
+        while True:
+            try:
+                async with self._redis.pubsub(ignore_subscribe_messages=True) as news:
+                    await news.subscribe(JOBS_CHANNEL)
+                    async for message in news.listen():
+                        for job_id in json.loads(message["data"]):
+                            for watch in self._watches.get(job_id, ()):
+                                watch.stir()
+            except (RedisError, OSError):
+                await asyncio.sleep(RECONNECT_SECONDS)

@@ -1,0 +1,129 @@
+"""Errors as answers: every failure is RFC 9457 `application/problem+json`, and only this module makes them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any
+
+import sqlalchemy as sa
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from laneway.errors import BadRequest, LanewayError, StorageUnavailable
+from laneway.log import get_logger
+
+MEDIA_TYPE = "application/problem+json"
+QUOTA_EXCEEDED = "https://iana.org/assignments/http-problem-types#quota-exceeded"
+
+_CODES = {
+    400: "bad_request",
+    404: "not_found",
+    405: "method_not_allowed",
+    406: "not_acceptable",
+    413: "payload_too_large",
+    415: "unsupported_media_type",
+}
+
+log = get_logger("api")
+
+
+def problem(
+    request_scope: Mapping[str, Any],
+    *,
+    status: int,
+    code: str,
+    title: str,
+    detail: str,
+    facts: Mapping[str, Any] | None = None,
+    errors: list[dict[str, str]] | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> Response:
+    """One problem as a response."""
+    body: dict[str, Any] = {
+        "type": QUOTA_EXCEEDED if code == "rate_limited" else f"/problems/{code}",
+        "title": title,
+        "status": status,
+        "detail": detail,
+        "instance": request_scope.get("path", ""),
+        "code": code,
+        "request_id": request_scope.get("laneway.request_id", ""),
+    }
+    if facts:
+        body["facts"] = dict(facts)
+    if errors:
+        body["errors"] = errors
+    content = json.dumps(body, ensure_ascii=False, default=str).encode("utf-8", "replace")
+    return Response(content, status, dict(headers or {}), media_type=MEDIA_TYPE)
+
+
+def of_error(request_scope: Mapping[str, Any], error: LanewayError) -> Response:
+    """A LanewayError as a response."""
+    headers = {}
+    if error.retry_after_seconds is not None:
+        headers["Retry-After"] = str(error.retry_after_seconds)
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return problem(
+        request_scope,
+        status=error.status,
+        code=error.code,
+        title=error.title,
+        detail=str(error),
+        facts=error.facts,
+        errors=[{"pointer": e.pointer, "detail": e.detail, "code": e.code} for e in error.errors],
+        headers=headers,
+    )
+
+
+def _pointer(location: tuple[int | str, ...]) -> str:
+    """A validation error's place: a JSON Pointer into the body, or `query/limit`."""
+    where, *rest = location
+    path = "".join(f"/{str(part).replace('~', '~0').replace('/', '~1')}" for part in rest)
+    return path or "/" if where == "body" else f"{where}{path}"
+
+
+def install(app: FastAPI) -> None:
+    """Answer every exception of `app` as a problem."""
+
+    @app.exception_handler(LanewayError)
+    async def _ours(request: Request, error: LanewayError) -> Response:
+        if error.status >= 500:
+            log.warning("request_failed", code=error.code, error=str(error))
+        return of_error(request.scope, error)
+
+    @app.exception_handler(RequestValidationError)
+    async def _invalid(request: Request, error: RequestValidationError) -> Response:
+        found = error.errors()
+        if any(e["type"] == "json_invalid" for e in found):
+            return of_error(request.scope, BadRequest("the body is not JSON"))
+        errors = [{"pointer": _pointer(e["loc"]), "detail": e["msg"], "code": e["type"]} for e in found[:100]]
+        return problem(
+            request.scope,
+            status=422,
+            code="invalid_request",
+            title="The request is not valid",
+            detail=f"{errors[0]['pointer']}: {errors[0]['detail']}",
+            errors=errors,
+        )
+
+    @app.exception_handler(HTTPException)
+    async def _http(request: Request, error: HTTPException) -> Response:
+        phrase = HTTPStatus(error.status_code).phrase
+        return problem(
+            request.scope,
+            status=error.status_code,
+            code=_CODES.get(error.status_code, "http_error"),
+            title=phrase,
+            detail=str(error.detail) or phrase,
+            headers=error.headers,
+        )
+
+    @app.exception_handler(sa.exc.DBAPIError)
+    @app.exception_handler(sa.exc.TimeoutError)
+    async def _storage(request: Request, error: Exception) -> Response:
+        log.warning("storage_unavailable", error=type(error).__name__)
+        return of_error(request.scope, StorageUnavailable(retry_after_seconds=2))

@@ -1,0 +1,105 @@
+"""What the API process holds while it runs, and the dependencies that hand it to routes."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Any, ParamSpec, TypeVar, cast
+
+import anyio.to_thread
+from fastapi import Depends, Request
+
+from laneway.api.hub import Hub
+from laneway.api.streams import Streams
+from laneway.clock import Clock, SystemClock
+from laneway.db import Database
+from laneway.engine.callers import Caller, Callers
+from laneway.engine.group_commit import GroupCommit
+from laneway.engine.registry import Registry, load
+from laneway.engine.service import JobService, Prepared
+from laneway.lanes.live import RedisNews
+from laneway.lanes.rq_lanes import RqLanes
+from laneway.limits.anonymous import AnonymousLimiter
+from laneway.limits.limiter import RateLimiter
+from laneway.limits.rules import parse_rules
+from laneway.settings import Settings
+from laneway.webhooks.messages import WAKE_CHANNEL
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """The parts of a running API. One an event loop."""
+
+    settings: Settings
+    clock: Clock
+    database: Database
+    service: JobService
+    callers: Callers
+    limiter: RateLimiter
+    anonymous: AnonymousLimiter
+    new_jobs: GroupCommit[Prepared, dict[str, Any]]
+    hub: Hub
+    streams: Streams
+
+    @classmethod
+    @asynccontextmanager
+    async def running(cls, settings: Settings, *, registry: Registry | None = None) -> AsyncIterator[Runtime]:
+        """A runtime from `settings`, stopped in order when the block ends."""
+        clock = SystemClock()
+        database = Database(settings.database)
+        lanes = RqLanes(settings.redis_url, clock=clock, window=settings.lane_window)
+        news = RedisNews(settings.redis_url, courier_channel=WAKE_CHANNEL)
+        known = registry or load(settings.tasks)
+        service = JobService(database, lanes, settings, known, news=news, clock=clock)
+        limiter = RateLimiter(parse_rules(settings.rate_limits), settings.redis_url, clock=clock)
+        new_jobs = GroupCommit(service.create, weigh=lambda p: len(p.row.parameters))
+        hub = Hub(settings.redis_url)
+        hub.start()
+        try:
+            yield cls(
+                settings,
+                clock,
+                database,
+                service,
+                Callers(database, clock),
+                limiter,
+                AnonymousLimiter(clock=clock),
+                new_jobs,
+                hub,
+                Streams(limit=settings.streams_per_caller),
+            )
+        finally:
+            await hub.close()
+            await anyio.to_thread.run_sync(new_jobs.close)
+            await limiter.close()
+            lanes.close()
+            news.close()
+            database.dispose()
+
+
+def get_runtime(request: Request) -> Runtime:
+    return cast(Runtime, request.app.state.runtime)
+
+
+def get_caller(request: Request) -> Caller:
+    """Who calls: set by the gate before the route's body is read."""
+    return cast(Caller, request.scope["laneway.caller"])
+
+
+def get_service(request: Request) -> JobService:
+    return get_runtime(request).service
+
+
+RuntimeDep = Annotated[Runtime, Depends(get_runtime)]
+CallerDep = Annotated[Caller, Depends(get_caller)]
+ServiceDep = Annotated[JobService, Depends(get_service)]
+
+
+async def in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Run what blocks (SQL, Redis) off the event loop."""
+    return await anyio.to_thread.run_sync(partial(function, *args, **kwargs))

@@ -1,0 +1,108 @@
+"""Answers as types: what OpenAPI documents and what `engine/queries.view` makes."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field
+
+from laneway.domain.events import EventType
+from laneway.domain.spec import Priority
+from laneway.domain.states import JobStatus
+
+
+class ErrorView(BaseModel):
+    type: str
+    message: str
+    category: str
+    traceback: str | None
+
+
+class JobStatusView(BaseModel):
+    """Where a job is."""
+
+    id: str
+    status: JobStatus
+    status_reason: str | None
+    cancelling: bool = Field(description="It runs, and was asked to stop.")
+    progress: Annotated[int, Field(ge=0, le=100)]
+    progress_message: str | None
+    progress_details: dict[str, Any] | None
+    attempt: int
+    retry_count: int
+    next_retry_at: datetime | None
+    created_at: datetime
+    queued_at: datetime | None
+    started_at: datetime | None
+    finished_at: datetime | None
+    updated_at: datetime
+
+
+class JobView(JobStatusView):
+    """A job."""
+
+    tenant_id: str
+    created_by: str
+    job_type: str
+    parameters: dict[str, Any]
+    queue: str
+    priority: Priority
+    title: str | None
+    description: str | None
+    tags: list[str]
+    metadata: dict[str, Any]
+    scheduled_for: datetime | None
+    expires_at: datetime | None
+    timeout_seconds: int
+    max_retries: int
+    retry_delay_seconds: float
+    retry_backoff: float
+    retry_max_delay_seconds: float
+    retry_jitter: bool
+    unique_key: str | None
+    result: Any
+    error: ErrorView | None
+    worker: str | None
+    dead_letter_reason: str | None
+    cancelled_at: datetime | None
+    cancelled_by: str | None
+    webhook_url: str | None
+    webhook_events: list[EventType] | None
+    webhook_delivered: bool
+    webhook_attempts: int
+
+
+class ResultView(BaseModel):
+    id: str
+    status: JobStatus
+    result: Any
+    error: ErrorView | None
+    finished_at: datetime
+
+
+class JobPage(BaseModel):
+    data: list[JobView]
+    next_cursor: str | None
+    has_more: bool
+
+
+class Problem(BaseModel):
+    """RFC 9457 problem details."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    instance: str
+    code: str
+    request_id: str
+    facts: dict[str, Any] | None = None
+    errors: list[dict[str, str]] | None = None
+
+
+def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The `responses` of a route that may answer with these problems, besides 401, 403, 422, 429 and 503."""
+    every = {*statuses, 401, 403, 422, 429, 503}
+    content = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    return {status: {"description": "A problem", "content": content} for status in sorted(every)}

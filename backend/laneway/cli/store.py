@@ -1,0 +1,160 @@
+"""The commands that work on the store itself: schema, API keys, webhook secrets."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from laneway.cli.environment import read_settings
+from laneway.errors import Conflict, LanewayError, NotFound, StorageUnavailable, Unprocessable
+
+if TYPE_CHECKING:
+    from laneway.db import Database
+    from laneway.settings import Settings
+    from laneway.webhooks.secrets import SecretBox
+
+db = typer.Typer(help="The schema of the store.", no_args_is_help=True)
+keys = typer.Typer(help="API keys.", no_args_is_help=True)
+webhooks = typer.Typer(help="What receivers of webhooks need.", no_args_is_help=True)
+
+
+class NotMigrated(Conflict):
+    """The store lacks what this version needs."""
+
+    code, title = "not_migrated", "The database is not migrated"
+
+
+@contextmanager
+def reaching_store(settings: Settings) -> Iterator[None]:
+    """Turn a store that cannot be used into StorageUnavailable or Unprocessable, without its password."""
+    import sqlalchemy as sa
+
+    try:
+        url = sa.make_url(settings.database)
+        url.get_dialect()
+    except (sa.exc.ArgumentError, sa.exc.NoSuchModuleError, ValueError):
+        raise Unprocessable("LANEWAY_DATABASE_URL is no `postgresql://…` or `sqlite:///…` URL") from None
+    try:
+        yield
+    except (sa.exc.DBAPIError, sa.exc.TimeoutError) as error:
+        reason = str(getattr(error, "orig", error)).strip().partition("\n")[0]
+        raise StorageUnavailable(
+            f"the database {url.render_as_string(hide_password=True)} cannot be used ({reason}); "
+            "check LANEWAY_DATABASE_URL"
+        ) from None
+
+
+def need_migrated(settings: Settings) -> None:
+    """Raise NotMigrated unless the store has every revision this version knows.
+
+    One that is ahead passes: during a deploy the release before runs on the new schema.
+    """
+    from laneway.cli import migrate
+
+    with reaching_store(settings):
+        seen = migrate.current(settings.database)
+    if seen is None:
+        raise NotMigrated("the database is not migrated; run `laneway db upgrade`")
+    if seen != migrate.head() and migrate.knows(seen):
+        raise NotMigrated(
+            f"the database is at {seen}, and this version needs {migrate.head()}; run `laneway db upgrade`"
+        )
+
+
+@contextmanager
+def migrated_store(settings: Settings) -> Iterator[Database]:
+    """The store, checked and open. Raises NotMigrated, StorageUnavailable, Unprocessable."""
+    from laneway.db import Database
+
+    need_migrated(settings)
+    database = Database(settings.database, pool_size=1)
+    try:
+        with reaching_store(settings):
+            yield database
+    finally:
+        database.dispose()
+
+
+def secret_box(settings: Settings) -> SecretBox:
+    """What seals the webhook secrets. Raises LanewayError for a key that is malformed or open to others."""
+    from laneway.webhooks.secrets import SecretBox
+
+    try:
+        return SecretBox.from_settings(settings)
+    except (ValueError, OSError) as error:
+        raise LanewayError(str(error)) from None
+
+
+@db.command()
+def upgrade() -> None:
+    """Bring the database to this version's schema. Safe to repeat, and at the same time as others."""
+    from laneway.cli import migrate
+
+    settings = read_settings()
+    with reaching_store(settings):
+        before = migrate.current(settings.database)
+        if before is not None and not migrate.knows(before):
+            print(f"the database is at {before}, which is newer than this version: nothing to do")
+            return
+        migrate.upgrade(settings.database)
+    after = migrate.head()
+    print(f"the database is at {after}" + (" already" if before == after else ""))
+
+
+@db.command()
+def current() -> None:
+    """Print the database's revision, and whether it is this version's. Exit code 1 when it is behind."""
+    from laneway.cli import migrate
+
+    settings = read_settings()
+    with reaching_store(settings):
+        seen = migrate.current(settings.database)
+    print(seen or "none")
+    need_migrated(settings)
+
+
+@keys.command()
+def create(
+    tenant: Annotated[str, typer.Option(help="Its name; made when it is new.")],
+    role: Annotated[
+        Literal["user", "operator", "admin"],
+        typer.Option(help="A user sees its own jobs, an operator its tenant's, an admin may do everything."),
+    ],
+    subject: Annotated[str | None, typer.Option(help="Whose key it is; default: the key's own id.")] = None,
+) -> None:
+    """Make an API key and print it, this once: only its hash is kept."""
+    from laneway.engine.callers import Role, create_key, ensure_tenant
+
+    settings = read_settings()
+    with migrated_store(settings) as database:
+        tenant_id = ensure_tenant(database, secret_box(settings), tenant)
+        key = create_key(database, tenant_id=tenant_id, role=Role(role), subject=subject)
+    print(f"{role} key of tenant {tenant}; it is not shown again:", file=sys.stderr)
+    print(key)
+
+
+@webhooks.command()
+def secret(tenant: Annotated[str, typer.Option(help="Its name.")] = "default") -> None:
+    """Print what a tenant's webhooks are signed with, for receivers to verify: whsec_…"""
+    import sqlalchemy as sa
+
+    from laneway.engine.callers import webhook_secret
+    from laneway.models import tenants
+
+    settings = read_settings()
+    with migrated_store(settings) as database:
+        with database.read() as connection:
+            tenant_id = connection.execute(
+                sa.select(tenants.c.id).where(tenants.c.name == tenant)
+            ).scalar_one_or_none()
+        if tenant_id is None:
+            raise NotFound(f"there is no tenant {tenant!r}; `laneway keys create --tenant` makes one")
+        try:
+            text = webhook_secret(database, secret_box(settings), tenant_id)
+        except ValueError as error:
+            raise LanewayError(f"the secret of tenant {tenant!r} does not open: {error}") from None
+    print(text)

@@ -1,0 +1,188 @@
+"""What a stock `rq worker critical high normal low` runs: one job, by the same claim and settle as the pool.
+
+The pool is the fast way; this is the compatible one. Each call happens in RQ's forked work horse, makes a
+worker row of its own, beats while the handler runs, and settles before it returns. RQ's own record of the
+job follows from how this function ends; Laneway's does not depend on it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from random import Random
+from typing import Any
+
+from laneway.clock import SystemClock, new_id
+from laneway.db import Database
+from laneway.engine import leases, progress
+from laneway.engine.context import Progress
+from laneway.engine.endings import Cancelled, Ending, Raised, Returned, TimedOut
+from laneway.engine.leases import Wish
+from laneway.engine.outcomes import Claimed, carry_out, decide
+from laneway.engine.registry import load
+from laneway.engine.transitions import Applied, Claim
+from laneway.lanes.live import RedisNews
+from laneway.log import configure, get_logger
+from laneway.settings import Settings, get_settings
+from laneway.webhooks.messages import WAKE_CHANNEL
+from laneway.worker.beats import Beats
+from laneway.worker.running import Runner
+
+SAVE_PROGRESS_SECONDS = 1.0
+LEASE_LOST = 75  # EX_TEMPFAIL of sysexits.h
+
+log = get_logger("worker")
+
+
+class JobFailed(Exception):
+    """The job ended failed in Laneway; raised so that RQ's tools show it as failed too."""
+
+
+def run(job_id: str) -> Any:
+    """Claim the job, run its handler, settle. Returns the handler's result, None if there was nothing to run."""
+    settings = get_settings()
+    configure(json_lines=None if settings.log_format == "auto" else settings.log_format == "json")
+    run = _Run(settings)
+    try:
+        return run.execute(job_id)
+    finally:
+        run.close()
+
+
+class _Run:
+    """One job in this process, and the `Line` of its handler."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._clock = SystemClock()
+        self._database = Database(settings.database, pool_size=2)
+        self._news = RedisNews(settings.redis_url, courier_channel=WAKE_CHANNEL)
+        self._worker_id = new_id()
+        self._held: set[str] = set()
+        self._asked_to_stop = threading.Event()
+        self._finished = threading.Event()
+        self._settling = threading.Lock()
+        self._saved_at = 0.0
+        self._unsaved: Progress | None = None
+        self._job: Claimed | None = None
+
+    def execute(self, job_id: str) -> Any:
+        registry = load(self._settings.tasks)
+        name = f"rq-{socket.gethostname()}-{os.getpid()}"
+        leases.register(self._database, worker_id=self._worker_id, name=name, lanes=[])
+        beats = Beats(
+            self._settings,
+            worker_id=self._worker_id,
+            held=self._held,
+            clock=self._clock,
+            wished=self._hear_wishes,
+            lost=lambda: os._exit(LEASE_LOST),
+        )
+        token = new_id()
+        self._held.add(token)
+        job = self._claim(job_id, token, registry.names)
+        if job is None:
+            log.info("nothing_to_claim", job_id=job_id)
+            return None
+        self._job = job
+        beats.start()
+        try:
+            threading.Thread(target=self._enforce_timeout, daemon=True).start()
+            ending = Runner().run(
+                registry.need(job.job_type),
+                job_id=job.job_id,
+                attempt=job.attempt,
+                parameters=job.parameters,
+                timeout_seconds=job.timeout_seconds,
+                line=self,
+            )
+            self._finished.set()
+            self._settle(ending)
+        finally:
+            beats.stop()
+        if isinstance(ending, Returned):
+            return None if ending.result is None else json.loads(ending.result)
+        if isinstance(ending, Raised | TimedOut):
+            raise JobFailed(ending.message if isinstance(ending, Raised) else "timed out")
+        return None
+
+    def close(self) -> None:
+        leases.leave(self._database, worker_id=self._worker_id)
+        self._news.close()
+        self._database.dispose()
+
+    def _claim(self, job_id: str, token: str, job_types: tuple[str, ...]) -> Claimed | None:
+        now = self._clock.now()
+        claim = Claim(job_id, token, self._worker_id, now)
+        with self._database.write() as connection:
+            outcome = carry_out(connection, [claim], now=now, actor=self._actor, job_types=job_types)[0]
+        return Claimed.of(outcome.row, token) if isinstance(outcome, Applied) else None
+
+    @property
+    def _actor(self) -> str:
+        return f"worker:{self._worker_id}"
+
+    def _settle(self, ending: Ending) -> None:
+        """Write how the job ended, once: the handler's thread and the watchdogs may race."""
+        job = self._job
+        if job is None or not self._settling.acquire(blocking=False):
+            return
+        now = self._clock.now()
+        rng = Random()  # noqa: S311 - jitter
+        move = decide(job, ending, now=now, rng=rng, crash_limit=self._settings.crash_limit)
+        with self._database.write() as connection:
+            if self._unsaved is not None:
+                progress.save(connection, [(job, self._unsaved)], now=now)
+            outcome = carry_out(connection, [move], now=now, actor=self._actor)[0]
+        if not isinstance(outcome, Applied):
+            log.warning("stale_attempt", job_id=job.job_id, attempt=job.attempt)
+            return
+        self._news.changed([job.job_id])
+        if outcome.row["webhook_url"]:
+            self._news.ring_courier()
+
+    # Watchdogs: threads that end the process when the handler does not end by itself
+
+    def _enforce_timeout(self) -> None:
+        if self._job is None:
+            return
+        seconds = self._job.timeout_seconds
+        if not self._finished.wait(seconds + self._settings.timeout_grace_seconds):
+            self._end_process(TimedOut(seconds))
+
+    def _hear_wishes(self, wishes: list[Wish]) -> None:
+        if self._asked_to_stop.is_set():
+            return
+        self._asked_to_stop.set()
+        grace = wishes[0].grace_seconds
+        seconds = self._settings.cancel_grace_seconds if grace is None else grace
+        delay = 0.0 if wishes[0].terminate else seconds
+        threading.Thread(target=self._enforce_cancel, args=(delay,), daemon=True).start()
+
+    def _enforce_cancel(self, seconds: float) -> None:
+        if not self._finished.wait(seconds):
+            self._end_process(Cancelled())
+
+    def _end_process(self, ending: Ending) -> None:
+        self._settle(ending)
+        leases.leave(self._database, worker_id=self._worker_id)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    # The handler's line
+
+    def report(self, progress_now: Progress) -> None:
+        self._unsaved = progress_now
+        if self._job is None or time.monotonic() - self._saved_at < SAVE_PROGRESS_SECONDS:
+            return
+        self._saved_at = time.monotonic()
+        with self._database.write() as connection:
+            progress.save(connection, [(self._job, progress_now)], now=self._clock.now())
+        self._unsaved = None
+        self._news.changed([self._job.job_id])
+
+    def cancelled(self) -> bool:
+        return self._asked_to_stop.is_set()
