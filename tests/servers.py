@@ -193,7 +193,7 @@ class PostgresServer(Server):
         if self._template is None:
             url = self.blank()
             migrate.upgrade(url)
-            self._template = sa.make_url(url).database
+            self._template = f"t{self._made}"
         return self.blank(copy_of=self._template)
 
     def blank(self, *, copy_of: str = "template0") -> str:

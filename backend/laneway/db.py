@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -91,6 +93,8 @@ def stored(moment: datetime | None) -> str | None:
     """A moment as SQLite keeps it, for parameters inside JSON."""
     if moment is None:
         return None
+    if moment.tzinfo is None:
+        raise ValueError("a moment needs a time zone")
     return moment.astimezone(UTC).replace(tzinfo=None).isoformat(" ", "microseconds")
 
 
@@ -130,6 +134,8 @@ class Rows:
         if dialect == "postgresql":
             columns = zip(*rows, strict=True) if rows else ([] for _ in self.columns)
             return {f"u_{name}": list(column) for name, column in zip(self.columns, columns, strict=True)}
+        if any(len(row) != len(self.columns) for row in rows):
+            raise ValueError(f"each row needs the {len(self.columns)} values {', '.join(self.columns)}")
         return {"u": json.dumps(rows, default=_encode)}
 
 
@@ -208,7 +214,8 @@ def _sqlite_engine(url: sa.URL, pool_size: int) -> sa.Engine:
     @sa.event.listens_for(engine, "connect")
     def _prepare(connection: sqlite3.Connection, _record: Any) -> None:
         connection.isolation_level = None  # this module says BEGIN itself
-        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "temp_store=MEMORY"):
+        _write_ahead(connection)
+        for pragma in ("synchronous=FULL", "foreign_keys=ON", "temp_store=MEMORY"):
             connection.execute(f"PRAGMA {pragma}")
 
     @sa.event.listens_for(engine, "begin")
@@ -217,6 +224,21 @@ def _sqlite_engine(url: sa.URL, pool_size: int) -> sa.Engine:
         connection.exec_driver_sql("BEGIN IMMEDIATE" if immediate else "BEGIN")
 
     return engine
+
+
+def _write_ahead(connection: sqlite3.Connection) -> None:
+    """Switch the file to WAL. While another process does the same SQLite answers "locked" at once."""
+    deadline = time.monotonic() + SQLITE_BUSY_SECONDS
+    pause = threading.Event()
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+        except sqlite3.OperationalError:
+            if time.monotonic() > deadline:
+                raise
+            pause.wait(0.01)
+        else:
+            return
 
 
 def _postgresql_engine(url: sa.URL, pool_size: int) -> sa.Engine:

@@ -195,18 +195,21 @@ def test_metadata_services_are_not_dialled_even_when_everything_is_allowed(datab
         fails(office, url, "ssrf_blocked", status="dead", getaddrinfo=answers(address))
 
 
-def test_what_was_allowed_at_create_is_judged_again_at_each_attempt(database: Database) -> None:
+@pytest.mark.parametrize("now", [{"webhook_allowed_cidrs": ()}, {"webhook_allow_http": False}], ids=str)
+def test_what_was_allowed_at_create_is_judged_again_at_each_attempt(
+    database: Database, now: dict[str, Any]
+) -> None:
+    office = Office(database)
     with Receiver(in_turn(503)) as listener:
-        office = Office(database)
         job_id = office.post(listener.url())
         with office.open():
             office.wait(job_id, status="retrying")
-        office.clock.advance(seconds=7)
-        stricter = Office(database, webhook_allowed_cidrs=())
+        stricter = Office(database, **now)
         stricter.clock.advance(seconds=7)
         with stricter.open():
             stricter.wait(job_id, status="dead", attempts=2)
-        assert len(listener.requests) == 1
+        assert (len(listener.requests), listener.connections) == (1, 1)
+    assert [row["error_class"] for row in office.attempts(job_id)] == ["http_5xx", "ssrf_blocked"]
 
 
 def test_the_address_that_was_judged_is_the_address_that_is_dialled(database: Database) -> None:

@@ -6,6 +6,7 @@ import sqlalchemy as sa
 
 from laneway.clock import new_id
 from laneway.db import Database
+from laneway.domain.events import EventType
 from laneway.models import webhook_deliveries, webhook_messages
 from laneway.webhooks.messages import EndedJob, message_id, record
 
@@ -17,7 +18,7 @@ def ended(job_seq: int = 3, **fields: object) -> EndedJob:
         "tenant_id": new_id(),
         "job_id": new_id(),
         "job_seq": job_seq,
-        "event_type": "job.completed",
+        "event_type": EventType.JOB_COMPLETED,
         "url": "https://example.com/hook",
         "data": {"result": {"text": "\u00fc"}},
         "created_by": "alice",
@@ -37,6 +38,7 @@ def test_an_end_becomes_one_message_and_one_delivery_that_is_due(database: Datab
     [message] = rows(database, webhook_messages)
     [delivery] = rows(database, webhook_deliveries)
     assert message["id"] == delivery["message_id"] == message_id(end.job_id, 3, "job.completed")
+    assert message["event_type"] == "job.completed"
     assert json.loads(message["payload"]) == {
         "type": "job.completed",
         "timestamp": "2026-01-01T12:00:00.000000Z",

@@ -26,7 +26,6 @@ def test_moments_written_for_sqlite_sort_as_text_in_the_order_of_time() -> None:
     assert sorted(map(stored, moments), key=str) == list(map(stored, moments))
 
 
-@pytest.mark.xfail(reason="stored() takes a naive moment for local time", strict=True)
 def test_a_moment_without_a_time_zone_is_refused() -> None:
     with pytest.raises(ValueError, match="time zone"):
         stored(MOMENT.replace(tzinfo=None))

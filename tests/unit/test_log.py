@@ -95,9 +95,6 @@ def test_what_other_libraries_log_has_the_same_form(logs: Logs) -> None:
     assert (line["event"], line["level"]) == ("careful: 7", "warning")
 
 
-@pytest.mark.xfail(
-    reason="log.configure() renders no exc_info of the standard library's records", strict=True
-)
 def test_an_exception_of_another_library_stays_on_one_line(logs: Logs) -> None:
     logs.start()
     try:

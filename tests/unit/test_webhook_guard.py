@@ -128,6 +128,7 @@ def test_an_allowed_network_opens_nothing_beside_it() -> None:
     assert refusal("http://[::1]/", LOOPBACK)["reason"] == "address"
     assert refusal("http://[::ffff:127.0.0.1]/", LOOPBACK)["reason"] == "address"
     assert refusal("http://127.1:9000/", LOOPBACK)["reason"] == "bad_address"
+    assert classify("::ffff:8.8.8.8", EVERYTHING) is not None  # IPv4 is judged as IPv4 or not at all
 
 
 def test_an_opened_target_may_use_ports_from_1024_up_but_no_known_service() -> None:

@@ -19,7 +19,7 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from laneway.api.runtime import Runtime, get_runtime, in_thread
+from laneway.api.runtime import Runtime, runtime_of, in_thread
 from laneway.engine.callers import Caller, Role
 from laneway.errors import Forbidden, RateLimited, Unauthenticated
 from laneway.limits.decision import Decision
@@ -59,7 +59,7 @@ class GatedRoute(APIRoute):
             return inner
 
         async def handle(request: Request) -> Response:
-            runtime = get_runtime(request)
+            runtime = runtime_of(request)
             caller = await _authenticate(request, runtime)
             decision = await runtime.limiter.hit(rate, tenant_id=caller.tenant_id, subject=caller.subject)
             request.scope["laneway.decision"] = decision

@@ -82,17 +82,25 @@ class Runtime:
             database.dispose()
 
 
-def get_runtime(request: Request) -> Runtime:
+def runtime_of(request: Request) -> Runtime:
+    """The runtime that serves a request."""
     return cast(Runtime, request.app.state.runtime)
 
 
-def get_caller(request: Request) -> Caller:
+# Coroutines, although they wait for nothing: FastAPI runs plain functions in a thread.
+
+
+async def get_runtime(request: Request) -> Runtime:
+    return runtime_of(request)
+
+
+async def get_caller(request: Request) -> Caller:
     """Who calls: set by the gate before the route's body is read."""
     return cast(Caller, request.scope["laneway.caller"])
 
 
-def get_service(request: Request) -> JobService:
-    return get_runtime(request).service
+async def get_service(request: Request) -> JobService:
+    return runtime_of(request).service
 
 
 RuntimeDep = Annotated[Runtime, Depends(get_runtime)]

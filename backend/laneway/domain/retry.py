@@ -23,7 +23,7 @@ class RetryPolicy:
         """Seconds before the attempt that follows the `retry_count`-th retry (0: the first failure).
 
         `min(delay · backoff^retry_count, cap)`: 2, 4, 8 … 30 minutes by default. With jitter, spread over
-        50–100 % of itself, so that jobs failing together do not come back together ("equal jitter":
+        50 to 100 % of itself, so that jobs failing together do not come back together ("equal jitter":
         Brooker, Exponential Backoff And Jitter, AWS Architecture Blog 2015). Raises ValueError below 0.
         """
         if retry_count < 0:

@@ -10,11 +10,13 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
+import re
 import secrets
 import string
 import threading
 import zlib
 from collections import OrderedDict
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
@@ -34,7 +36,7 @@ CACHE_SIZE = 10_000
 ADMIN_KEY_FILE = "admin.key"
 
 _DIGITS = string.digits + string.ascii_uppercase + string.ascii_lowercase
-_LENGTH = len("lw_live_") + 12 + 1 + 43 + 6
+_KEY = re.compile(r"lw_(live|test)_[a-z0-9]{12}_[0-9A-Za-z]{49}")
 
 
 class Role(StrEnum):
@@ -68,17 +70,16 @@ class _Key:
     expires_at: datetime | None
 
 
-def make_key() -> tuple[str, str, bytes]:
-    """A new key's text, its id, and the digest to keep."""
+def make_key() -> str:
+    """A new key."""
     key_id = "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(12))
     body = f"lw_live_{key_id}_{''.join(secrets.choice(_DIGITS) for _ in range(43))}"
-    return body + _check(body), key_id, _digest(body[-43:])
+    return body + _check(body)
 
 
 def key_id_of(text: str) -> str:
     """The id inside a key, or Unauthenticated when the text cannot be one."""
-    well_formed = len(text) == _LENGTH and text.isascii() and text.startswith(("lw_live_", "lw_test_"))
-    if not well_formed or not hmac.compare_digest(_check(text[:-6]), text[-6:]):
+    if not _KEY.fullmatch(text) or not hmac.compare_digest(_check(text[:-6]), text[-6:]):
         raise Unauthenticated("the API key is malformed")
     return text[8:20]
 
@@ -91,8 +92,9 @@ def _check(body: str) -> str:
     return digits
 
 
-def _digest(secret: str) -> bytes:
-    return hashlib.sha256(secret.encode()).digest()
+def _digest(text: str) -> bytes:
+    """What is kept of a key: the SHA-256 of its secret."""
+    return hashlib.sha256(text[21:-6].encode()).digest()
 
 
 class Callers:
@@ -137,7 +139,7 @@ class Callers:
         return caller
 
     def _verified(self, text: str, key: _Key) -> Caller:
-        if not hmac.compare_digest(_digest(text[21:-6]), key.digest):
+        if not hmac.compare_digest(_digest(text), key.digest):
             raise Unauthenticated("the API key is not known, or was revoked")
         if key.expires_at is not None and key.expires_at <= self._clock.now():
             raise Unauthenticated("the API key has expired")
@@ -178,34 +180,64 @@ def create_key(
     created_by: str = "cli",
 ) -> str:
     """Make an API key and return its text, which is shown this once and kept nowhere."""
-    text, key_id, digest = make_key()
+    text = make_key()
+    row = _row(text, tenant_id=tenant_id, role=role, subject=subject, created_by=created_by)
     with database.write() as connection:
-        connection.execute(
-            sa.insert(models.api_keys).values(
-                id=key_id,
-                tenant_id=tenant_id,
-                created_by=created_by,
-                subject=subject or f"key:{key_id}",
-                role=role.value,
-                digest=digest,
-                expires_at=expires_at,
-            )
-        )
+        connection.execute(sa.insert(models.api_keys).values(row | {"expires_at": expires_at}))
     return text
 
 
+def _row(
+    text: str, *, tenant_id: str, role: Role, subject: str | None = None, created_by: str = "cli"
+) -> dict[str, object]:
+    key_id = key_id_of(text)
+    return {
+        "id": key_id,
+        "tenant_id": tenant_id,
+        "created_by": created_by,
+        "subject": subject or f"key:{key_id}",
+        "role": role.value,
+        "digest": _digest(text),
+    }
+
+
 def ensure_admin_key(database: Database, box: SecretBox, data_dir: Path) -> Path:
-    """The file with the first admin key, made (mode 0600) at the first start; the command line reads it."""
+    """The file with the first admin key, made (mode 0600) at the first start; the command line reads it.
+
+    The file appears first and whole, made by whichever process is faster; the row follows from what it
+    says. So a process that dies in between leaves a key that works from the next start on. A key that was
+    revoked stays revoked. Raises LanewayError when the file holds something else.
+    """
     path = data_dir / ADMIN_KEY_FILE
-    data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     tenant_id = ensure_tenant(database, box, DEFAULT_TENANT)
+    if not path.exists():
+        data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _write_once(path, make_key() + "\n")
     try:
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        return path
-    with os.fdopen(handle, "w") as file:
-        file.write(create_key(database, tenant_id=tenant_id, role=Role.ADMIN, subject="admin") + "\n")
+        row = _row(path.read_text().strip(), tenant_id=tenant_id, role=Role.ADMIN, subject="admin")
+    except Unauthenticated:
+        raise LanewayError(f"{path} holds no API key; delete it, and a new one is made") from None
+    with database.read() as connection:
+        known = sa.select(models.api_keys.c.id).where(models.api_keys.c.id == row["id"])
+        if connection.execute(known).first() is not None:
+            return path
+    with suppress(sa.exc.IntegrityError), database.write() as connection:  # or another process was first
+        connection.execute(sa.insert(models.api_keys).values(row))
     return path
+
+
+def _write_once(path: Path, text: str) -> None:
+    """Make the file whole under its name (mode 0600), unless another process was faster."""
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        with suppress(FileExistsError):
+            os.link(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def webhook_secret(database: Database, box: SecretBox, tenant_id: str) -> str:

@@ -116,8 +116,9 @@ def decide(  # noqa: PLR0911 - one return an ending
                 return transitions.Fail(*hold, error=error, reason="permanent")
             if charged and not more:
                 return transitions.Fail(*hold, error=error, reason="exhausted")
-            seconds = job.retry_policy.delay(job.retry_count, rng=rng)
-            if in_seconds is not None:  # a handler may ask for infinity, or for what is not a number
+            if in_seconds is None:
+                seconds = job.retry_policy.delay(job.retry_count, rng=rng)
+            else:  # a handler may ask for infinity, or for what is not a number
                 seconds = in_seconds if 0 <= in_seconds <= MAX_SECONDS else float(MAX_SECONDS)
             due = now + timedelta(seconds=seconds)
             return transitions.BackOff(*hold, next_retry_at=due, charge=int(charged), error=error)
@@ -142,9 +143,7 @@ def carry_out(
     return outcomes
 
 
-def _stop_instead(
-    connection: sa.Connection, outcomes: list[Outcome], *, now: datetime, actor: str
-) -> None:
+def _stop_instead(connection: sa.Connection, outcomes: list[Outcome], *, now: datetime, actor: str) -> None:
     stops = {
         place: Stop(o.move.job_id, o.move.attempt, o.move.lease_token)
         for place, o in enumerate(outcomes)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import base64
-import binascii
-import json
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
+from uuid import UUID
 
 import sqlalchemy as sa
 
@@ -21,6 +21,7 @@ from laneway.errors import InvalidCursor
 j = models.jobs.c
 w = models.workers.c
 MAX_COUNTED = 10_000
+_CURSOR_BYTES = 16 + 8  # an id, and a digest of it and the filters; no padding in base64
 
 _PLAIN = (
     "id",
@@ -76,7 +77,7 @@ def stamp(moment: datetime | None) -> str | None:
     return moment.astimezone(UTC).replace(tzinfo=None).isoformat(timespec="microseconds") + "Z"
 
 
-def view(row: Mapping[str, Any]) -> dict[str, Any]:
+def view(row: Mapping[Any, Any]) -> dict[str, Any]:
     """A job as the API answers it (docs/reference/http.md), from a row of `jobs`."""
     seen = {name: row[name] for name in _PLAIN}
     for name in _MOMENTS:
@@ -100,17 +101,21 @@ class Scope:
         return mine if self.subject is None else [*mine, j.created_by == self.subject]
 
 
-def find_job(connection: sa.Connection, job_id: str, scope: Scope) -> sa.RowMapping | None:
-    """The row, or None when it does not exist for this scope."""
-    return (
-        connection.execute(sa.select(models.jobs).where(j.id == job_id, *scope.clauses())).mappings().first()
-    )
+def find_job(
+    connection: sa.Connection, job_id: str, scope: Scope, *, lock: bool = False
+) -> sa.RowMapping | None:
+    """The row, or None when it does not exist for this scope.
+
+    With `lock` nobody else changes it before the transaction ends (SQLite's write transactions are alone).
+    """
+    query = sa.select(models.jobs).where(j.id == job_id, *scope.clauses())
+    return connection.execute(query.with_for_update() if lock else query).mappings().first()
 
 
-def find_active(connection: sa.Connection, tenant_id: str, unique_key: str) -> sa.RowMapping | None:
-    """The active job of a tenant that holds `unique_key`."""
+def find_active(connection: sa.Connection, scope: Scope, unique_key: str) -> sa.RowMapping | None:
+    """The active job that holds `unique_key`, if it is one that this scope may see."""
     active = sa.select(models.jobs).where(
-        j.tenant_id == tenant_id, j.unique_key == unique_key, j.finished_at.is_(None)
+        *scope.clauses(), j.unique_key == unique_key, j.finished_at.is_(None)
     )
     return connection.execute(active).mappings().first()
 
@@ -147,7 +152,10 @@ class JobFilter:
 def page_of_jobs(
     connection: sa.Connection, scope: Scope, wanted: JobFilter, *, limit: int, before: str | None
 ) -> tuple[list[sa.RowMapping], bool]:
-    """At most `limit` jobs, newest first, and whether more follow. `before` is the last id of the page before."""
+    """At most `limit` jobs, newest first, and whether more follow.
+
+    `before` is the last id of the page before.
+    """
     query = (
         sa.select(models.jobs)
         .where(*scope.clauses(), *wanted.clauses())
@@ -160,25 +168,29 @@ def page_of_jobs(
     return rows[:limit], len(rows) > limit
 
 
-def encode_cursor(last_id: str, wanted: JobFilter) -> str:
-    """An opaque place in a list, bound to its filters."""
-    text = json.dumps([last_id, _fingerprint(wanted)])
-    return base64.urlsafe_b64encode(text.encode()).decode().rstrip("=")
+def encode_cursor(last_id: str, scope: Scope, wanted: JobFilter) -> str:
+    """An opaque place in a list, bound to its filters.
+
+    The digest finds a bent cursor. It is no secret: a forged one is only another place in one's own list.
+    """
+    place = UUID(last_id).bytes
+    return base64.urlsafe_b64encode(place + _digest(place, scope, wanted)).decode()
 
 
-def decode_cursor(cursor: str, wanted: JobFilter) -> str:
-    """The id a cursor stands for. Raises InvalidCursor when it is bent or was made for other filters."""
+def decode_cursor(cursor: str, scope: Scope, wanted: JobFilter) -> str:
+    """The id a cursor stands for. Raises InvalidCursor when it is bent or was made for another list."""
     try:
-        last_id, fingerprint = json.loads(base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)))
-    except (ValueError, binascii.Error, TypeError):
+        read = base64.b64decode(cursor, altchars=b"-_", validate=True)
+    except ValueError:
         raise InvalidCursor from None
-    if fingerprint != _fingerprint(wanted) or not isinstance(last_id, str):
+    place, digest = read[:16], read[16:]
+    if len(read) != _CURSOR_BYTES or digest != _digest(place, scope, wanted):
         raise InvalidCursor
-    return last_id
+    return str(UUID(bytes=place))
 
 
-def _fingerprint(wanted: JobFilter) -> str:
-    return repr(wanted)
+def _digest(place: bytes, scope: Scope, wanted: JobFilter) -> bytes:
+    return hashlib.sha256(place + repr((scope, wanted)).encode()).digest()[: _CURSOR_BYTES - 16]
 
 
 def events_after(connection: sa.Connection, job_id: str, seq: int) -> Sequence[sa.RowMapping]:

@@ -54,7 +54,7 @@ class JobType:
 
     def differs(self, default: str) -> bool:
         """Whether this type sets that default otherwise than a job would on its own."""
-        return getattr(self, default) != _OWN_DEFAULTS[default]
+        return bool(getattr(self, default) != _OWN_DEFAULTS[default])
 
     @cached_property
     def is_async(self) -> bool:
@@ -197,7 +197,10 @@ def background_job(
 
 
 def load(modules: Iterable[str]) -> Registry:
-    """Import what ships, what `modules` names, and every `laneway.tasks` entry point; returns the registry."""
+    """The registry, once what ships, `modules` and every `laneway.tasks` entry point are imported.
+
+    Raises what the import of a broken module raises.
+    """
     for module in (*SHIPPED, *modules):
         import_module(module)
     for point in entry_points(group="laneway.tasks"):

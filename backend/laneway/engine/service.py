@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 import sqlalchemy as sa
@@ -32,6 +32,8 @@ from laneway.errors import (
     NotFinished,
     UniqueKeyTaken,
     UnknownJobType,
+    Unprocessable,
+    WebhookUrlRefused,
 )
 from laneway.lanes.backend import EndedRun, LaneBackend, LanesUnavailable
 from laneway.lanes.live import News, Silence
@@ -50,6 +52,19 @@ class Prepared:
 
     row: NewJob
     spec: JobSpec
+    scope: Scope
+
+
+@dataclass(frozen=True, slots=True)
+class Following:
+    """What a follower has missed: `events`, oldest first, and the job, never older than they are.
+
+    `ended`: the job has ended, and these are its last events.
+    """
+
+    events: Sequence[Mapping[str, Any]]
+    job: dict[str, Any]
+    ended: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,10 +110,7 @@ class JobService:
         spec = _with_defaults(spec, job_type)
         parameters = to_json(spec.parameters)
         job_type.check(spec.parameters)
-        if spec.webhook_url is not None:
-            spec = spec.model_copy(
-                update={"webhook_url": check_url(spec.webhook_url, self._webhook_policy).url}
-            )
+        spec = spec.model_copy(update=self._storable(spec))
         now = self.clock.now()
         starts_at = spec.starts_at(now)
         row = NewJob(
@@ -130,7 +142,27 @@ class JobService:
             status=JobStatus.QUEUED.value if starts_at is None else JobStatus.SCHEDULED.value,
             queued_at=now if starts_at is None else None,
         )
-        return Prepared(row, spec)
+        return Prepared(row, spec, _scope(caller))
+
+    def _storable(self, spec: JobSpec) -> dict[str, Any]:
+        """The fields that both stores must be able to hold, checked and in the form that is kept."""
+        for name in ("title", "description", "unique_key"):
+            to_json(getattr(spec, name), what=name)
+        fields: dict[str, Any] = {
+            name: _utc(moment, name)
+            for name in ("scheduled_for", "expires_at")
+            if (moment := getattr(spec, name)) is not None
+        }
+        if spec.webhook_url is not None:
+            fields["webhook_url"] = self._target(spec.webhook_url)
+        return fields
+
+    def _target(self, url: str) -> str:
+        try:
+            return check_url(url, self._webhook_policy).url
+        except WebhookUrlRefused as refused:
+            refused.errors = (FieldError("/webhook_url", str(refused), refused.code),)
+            raise
 
     def enqueue(self, prepared: Sequence[Prepared]) -> list[dict[str, Any] | Exception]:
         """Write jobs; one answer each, in order: the job, or the error of that job alone.
@@ -168,12 +200,6 @@ class JobService:
         with self.database.read() as connection:
             return queries.view(self._find(connection, job_id, caller))
 
-    def version(self, job_id: str, caller: Caller) -> tuple[int, JobStatus]:
-        """The job's version and status. Raises JobNotFound."""
-        with self.database.read() as connection:
-            row = self._find(connection, job_id, caller)
-            return row["version"], JobStatus(row["status"])
-
     def get_versioned(self, job_id: str, caller: Caller) -> tuple[dict[str, Any], int]:
         """The job and its version, which grows with each visible change. Raises JobNotFound."""
         with self.database.read() as connection:
@@ -191,21 +217,26 @@ class JobService:
         self, caller: Caller, wanted: JobFilter, *, limit: int, cursor: str | None, mine: bool
     ) -> tuple[list[dict[str, Any]], str | None]:
         """Jobs, newest first, and the cursor of the next page. Raises InvalidCursor."""
-        before = queries.decode_cursor(cursor, wanted) if cursor else None
         scope = Scope(caller.tenant_id, caller.subject) if mine else _scope(caller)
+        before = queries.decode_cursor(cursor, scope, wanted) if cursor else None
         with self.database.read() as connection:
             rows, more = queries.page_of_jobs(connection, scope, wanted, limit=limit, before=before)
-        following = queries.encode_cursor(rows[-1]["id"], wanted) if more else None
+        following = queries.encode_cursor(rows[-1]["id"], scope, wanted) if more else None
         return [queries.view(row) for row in rows], following
 
-    def events(self, job_id: str, caller: Caller, *, after: int = 0) -> Sequence[Mapping[str, Any]]:
-        """The job's transitions with a `seq` above `after`. Raises JobNotFound."""
+    def follow(self, job_id: str, caller: Caller, *, after: int = 0) -> Following:
+        """The job's transitions with a `seq` above `after`, and where it is. Raises JobNotFound."""
         with self.database.read() as connection:
-            self._find(connection, job_id, caller)
-            return queries.events_after(connection, job_id, after)
+            events = queries.events_after(connection, job_id, after)
+            row = self._find(connection, job_id, caller)
+        seen = events[-1]["seq"] if events else after
+        ended = row["status"] in FINAL and seen >= row["event_seq"]
+        return Following(events, queries.view(row), ended)
 
-    def _find(self, connection: sa.Connection, job_id: str, caller: Caller) -> sa.RowMapping:
-        row = queries.find_job(connection, job_id, _scope(caller))
+    def _find(
+        self, connection: sa.Connection, job_id: str, caller: Caller, *, lock: bool = False
+    ) -> sa.RowMapping:
+        row = queries.find_job(connection, job_id, _scope(caller), lock=lock)
         if row is None:
             raise JobNotFound(f"there is no job {job_id}", job_id=job_id)
         return row
@@ -227,9 +258,11 @@ class JobService:
         `grace_seconds` (default: the setting), or at once with `terminate`.
         Raises JobNotFound, IllegalTransition for a job that has ended otherwise.
         """
+        to_json(reason, what="reason")
         now = self.clock.now()
         with self.database.write() as connection:
-            self._find(connection, job_id, caller)
+            # Locked, so that the job is not handed on between the refused move and the wish.
+            self._find(connection, job_id, caller, lock=True)
             move = Cancel(job_id, by=caller.subject, reason=reason)
             outcome = carry_out(connection, [move], now=now, actor=caller.subject)[0]
             if not isinstance(outcome, Applied) and outcome.status is JobStatus.RUNNING:
@@ -348,15 +381,28 @@ def _new_view(prepared: Prepared, now: datetime) -> dict[str, Any]:
 
 
 def _holder(connection: sa.Connection, prepared: Prepared) -> dict[str, Any]:
-    """The active job that holds the unique key, or UniqueKeyTaken when the request wants that refused."""
+    """The active job that holds the unique key.
+
+    Raises UniqueKeyTaken when the request wants that refused, or may not see that job.
+    """
     key = prepared.row.unique_key or ""
-    row = queries.find_active(connection, prepared.row.tenant_id, key)
-    if row is None or prepared.spec.on_conflict == "reject":
-        raise UniqueKeyTaken(f"an active job holds the unique key {key!r}", job_id=row["id"] if row else None)
-    return queries.view(row)
+    row = queries.find_active(connection, prepared.scope, key)
+    if row is not None and prepared.spec.on_conflict == "return_existing":
+        return queries.view(row)
+    facts = {} if row is None else {"job_id": row["id"]}
+    raise UniqueKeyTaken(f"an active job holds the unique key {key!r}", **facts)
 
 
-def _wish(  # noqa: PLR0917, RUF100
+def _utc(moment: datetime, name: str) -> datetime:
+    try:
+        return moment.astimezone(UTC)
+    except OverflowError:  # the first and last hours of what datetime can hold, in another zone
+        detail = "the moment is outside of the years 1 to 9999 in UTC"
+        error = FieldError(f"/{name}", detail, "moment_out_of_range")
+        raise Unprocessable(f"{name}: {detail}", errors=(error,)) from None
+
+
+def _wish(
     connection: sa.Connection,
     job_id: str,
     caller: Caller,

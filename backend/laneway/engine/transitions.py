@@ -326,9 +326,9 @@ def apply(
 ) -> list[Outcome]:
     """Make every move that the table allows; the outcomes come in the order of the moves.
 
-    Of several moves of one kind for one job the first counts. What is no id in our spelling (ids come from
-    Redis too, where anybody may have written them) is an unknown job. `job_types` narrows claims to jobs their
-    worker can run: others stay queued for a worker that knows them.
+    Of several moves of one kind for one job the first counts. What is no id in our spelling is an unknown
+    job: ids come from Redis too, where anybody may have written them. `job_types` narrows claims to jobs
+    their worker can run: others stay queued for a worker that knows them.
     """
     dialect = connection.dialect.name
     won: dict[int, Applied] = {}
@@ -339,7 +339,7 @@ def apply(
             by_kind.setdefault(type(move), {}).setdefault(move.job_id, index)
     for kind, places in by_kind.items():
         known = kind is Claim and job_types is not None
-        statement, rows = _update(kind, dialect, known)
+        statement, rows = _update(kind, dialect, known)  # type: ignore[arg-type]  # mypy: a class has a hash
         chosen = [moves[index] for _, index in sorted(places.items())]
         parameters = rows.bind(dialect, [tuple(getattr(m, name) for name in rows.columns) for m in chosen])
         if known:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from typing import Any
 
 import sqlalchemy as sa
 
@@ -71,11 +72,13 @@ def expire(database: Database, *, now: datetime) -> int:
 
 
 def reconcile(database: Database, lanes: LaneBackend, *, window: int, now: datetime) -> int:
-    """Ring again for queued rows that their lane does not hold: lost ids at its head, waiting ones at its tail.
+    """Ring again for queued rows that their lane lacks: lost ids at its head, waiting ones at its tail.
 
     A lane shall hold the oldest `window` queued rows, in their order. Comparing the two lists needs no
-    state of its own, so it repairs a flushed Redis, a lost push and a full window alike. Returns how many
-    ids were rung. Raises LanesUnavailable.
+    state of its own, so it repairs a flushed Redis, a lost push and a full window alike. A young row is
+    taken to be on its way, unless the lane's backlog flag is up: then its push was refused, and leaving it
+    out would keep the flag up for as long as jobs keep coming. Returns how many ids were rung. Raises
+    LanesUnavailable.
     """
     rung = 0
     with database.read() as connection:
@@ -88,19 +91,17 @@ def reconcile(database: Database, lanes: LaneBackend, *, window: int, now: datet
         present = set(lanes.contents(lane))
         head: list[str] = []
         tail: list[str] = []
-        settled = len(rows) <= window
         met = False
         for row in rows[:window]:
             if row.id in present:
                 met = True
-            elif row.queued_at > now - RING_GRACE:
-                settled = False
-            else:
+            elif backlog.waiting or row.queued_at <= now - RING_GRACE:
                 (tail if met else head).append(row.id)
         if not met:
             head, tail = [], head
-        if head or tail or (backlog.waiting and settled):
-            rung += lanes.refill(lane, head, tail, complete=settled, refusals_seen=backlog.refusals)
+        complete = len(rows) <= window
+        if head or tail or (backlog.waiting and complete):
+            rung += lanes.refill(lane, head, tail, complete=complete, refusals_seen=backlog.refusals)
     return rung
 
 
@@ -220,14 +221,14 @@ class Reaper:
         )
         now = self._clock.now()
         with self._database.write() as connection:
-            moves = [self._move(row, now=now) for row in connection.execute(orphans)]
+            moves = [self._move(row) for row in connection.execute(orphans)]
             outcomes = carry_out(connection, moves, now=now, actor=ACTOR) if moves else []
         taken = [o for o in outcomes if isinstance(o, Applied)]
         for outcome in taken:
             log.warning("job_taken_back", job_id=outcome.row["id"], status=outcome.status.value)
         return [(o.row["lane"], o.row["id"]) for o in taken if o.status is JobStatus.QUEUED]
 
-    def _move(self, row: sa.Row[tuple[object, ...]], *, now: datetime) -> Move:
+    def _move(self, row: sa.Row[*tuple[Any, ...]]) -> Move:
         hold = (row.id, row.attempt, row.lease_token)
         if row.cancel_requested_at is not None:
             return Stop(*hold)

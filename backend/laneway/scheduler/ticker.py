@@ -30,18 +30,24 @@ class Ticker:
         )
 
     def run(self, stopping: threading.Event) -> None:
-        """Tick until `stopping` is set; sleeps no longer than to the next due job."""
+        """Tick until `stopping` is set; sleeps no longer than to the next due job, after failures a tick."""
         log.info("scheduler_started")
-        while not stopping.wait(self._pause()):
-            self.tick()
+        went_well = True
+        while not stopping.wait(self._pause() if went_well else self._settings.tick_seconds):
+            went_well = self.tick()
         log.info("scheduler_stopped")
 
-    def tick(self) -> None:
-        """One round of every sweep. A sweep that fails is logged and tried again at the next tick."""
-        self._sweep("promote", lambda: self._ring(upkeep.promote(self._database, now=self._clock.now())))
-        self._sweep("expire", lambda: upkeep.expire(self._database, now=self._clock.now()))
-        self._sweep("reap", lambda: self._ring(self._reaper.sweep()))
-        self._sweep("reconcile", self._reconcile)
+    def tick(self) -> bool:
+        """One round of every sweep; whether all went well. One that fails is logged and tried again."""
+        now = self._clock.now
+        return all(
+            [
+                self._sweep("promote", lambda: self._ring(upkeep.promote(self._database, now=now()))),
+                self._sweep("expire", lambda: upkeep.expire(self._database, now=now())),
+                self._sweep("reap", lambda: self._ring(self._reaper.sweep())),
+                self._sweep("reconcile", self._reconcile),
+            ]
+        )
 
     def _reconcile(self) -> int:
         window = self._settings.lane_window
@@ -50,14 +56,15 @@ class Ticker:
     def _ring(self, items: Sequence[tuple[str, str]]) -> int:
         return self._lanes.push(items) if items else 0
 
-    def _sweep(self, name: str, sweep: Callable[[], int]) -> None:
+    def _sweep(self, name: str, sweep: Callable[[], int]) -> bool:
         try:
             done = sweep()
         except (LanesUnavailable, sa.exc.DBAPIError, sa.exc.TimeoutError) as error:
             log.warning("sweep_failed", sweep=name, error=type(error).__name__)
-        else:
-            if done:
-                log.info("swept", sweep=name, jobs=done)
+            return False
+        if done:
+            log.info("swept", sweep=name, jobs=done)
+        return True
 
     def _pause(self) -> float:
         longest = self._settings.tick_seconds

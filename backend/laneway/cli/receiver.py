@@ -1,0 +1,100 @@
+"""The receiver that `laneway demo` gives its jobs as `webhook_url`: on loopback, checking every signature."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, Self
+
+from laneway.errors import Unauthenticated
+from laneway.webhooks.signing import ID_HEADER, verify_webhook
+
+MAX_BODY_BYTES = 1024 * 1024
+
+Verify = Callable[[bytes, dict[str, str]], Any]
+
+
+def reference_verifier(secret: str) -> Verify | None:
+    """The check of the `standardwebhooks` package, which is not ours; None where it is not installed."""
+    try:
+        from standardwebhooks import Webhook, WebhookVerificationError
+    except ImportError:
+        return None
+    webhook = Webhook(secret)
+
+    def verify(body: bytes, headers: dict[str, str]) -> Any:
+        try:
+            return webhook.verify(body, headers)
+        except WebhookVerificationError as error:
+            raise Unauthenticated(f"standardwebhooks: {error}") from None
+
+    return verify
+
+
+@dataclass
+class Deliveries:
+    """What came. `verified` has the `webhook-id` of each job's first good delivery."""
+
+    verifiers: tuple[Verify, ...]
+    received: int = 0
+    verified: dict[str, str] = field(default_factory=dict)
+    duplicates: int = 0
+    refused: list[str] = field(default_factory=list)
+    _ids: set[str] = field(default_factory=set)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def take(self, body: bytes, headers: dict[str, str]) -> bool:
+        """Count one delivery. True when every verifier accepts it."""
+        with self._lock:
+            self.received += 1
+            try:
+                payloads = [verify(body, headers) for verify in self.verifiers]
+            except (Unauthenticated, ValueError) as error:
+                self.refused.append(str(error))
+                return False
+            if headers[ID_HEADER] in self._ids:
+                self.duplicates += 1
+            else:
+                self._ids.add(headers[ID_HEADER])
+                self.verified[payloads[0]["data"]["job_id"]] = headers[ID_HEADER]
+            return True
+
+
+class Receiver:
+    """Listens on 127.0.0.1 between `with` and its end. Answers 204, or 401 to what does not verify."""
+
+    def __init__(self, secret: str) -> None:
+        reference = reference_verifier(secret)
+        ours: Verify = lambda body, headers: verify_webhook(body, headers, secret)  # noqa: E731
+        self.by_reference = reference is not None
+        self.deliveries = deliveries = Deliveries((ours,) if reference is None else (ours, reference))
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self) -> None:
+                size = int(self.headers.get("Content-Length", 0))
+                body = self.rfile.read(min(size, MAX_BODY_BYTES))
+                headers = {name.lower(): value for name, value in self.headers.items()}
+                self.send_response(204 if deliveries.take(body, headers) else 401)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}/summaries"
+
+    def __enter__(self) -> Self:
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()

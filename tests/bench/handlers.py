@@ -1,0 +1,22 @@
+"""Laneway's job types of the benchmark. RQ runs `records.record` itself."""
+
+from __future__ import annotations
+
+import threading
+
+from bench.records import record
+from laneway.engine.context import JobContext
+from laneway.engine.registry import background_job
+
+
+@background_job("bench.record")
+def noop(number: int) -> None:
+    record(number)
+
+
+@background_job("bench.hold")
+def hold(number: int, job: JobContext) -> None:
+    """Runs until it is killed; the next attempt ends at once."""
+    record(number)
+    if job.attempt == 1:
+        threading.Event().wait()

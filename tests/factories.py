@@ -1,0 +1,176 @@
+"""Rows to begin with: jobs in every status, workers, what they hold, and what became of them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any, TypeVar
+
+import sqlalchemy as sa
+
+from laneway import models
+from laneway.clock import new_id
+from laneway.db import Database
+from laneway.domain.states import FINAL, JobStatus
+from laneway.engine.transitions import NewJob
+
+R = TypeVar("R")
+
+NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
+TENANT = "01980000-0000-7000-8000-00000000000a"
+OTHER_TENANT = "01980000-0000-7000-8000-00000000000b"
+WORKER = "01980000-0000-7000-8000-0000000000ff"
+
+_NEW_JOB = NewJob(
+    id="",
+    tenant_id=TENANT,
+    created_by="alice",
+    job_type="demo.echo",
+    parameters='{"x":1}',
+    queue="default",
+    priority="normal",
+    lane="normal",
+    title=None,
+    description=None,
+    tags="[]",
+    metadata="{}",
+    scheduled_for=None,
+    expires_at=None,
+    timeout_seconds=60,
+    max_retries=3,
+    retry_delay_seconds=10.0,
+    retry_backoff=2.0,
+    retry_max_delay_seconds=100.0,
+    retry_jitter=False,
+    unique_key=None,
+    webhook_url=None,
+    webhook_events=None,
+    status=JobStatus.QUEUED.value,
+    queued_at=NOW,
+)
+
+
+def new_job(**fields: Any) -> NewJob:
+    """A row to be, for `transitions.create`: queued on the normal lane, but for `fields`."""
+    return replace(_NEW_JOB, **({"id": new_id()} | fields))
+
+
+def add_job(database: Database, status: JobStatus = JobStatus.QUEUED, **columns: Any) -> str:
+    """The id of a new job in `status`, with the event a real one would have; `columns` win."""
+    running = status is JobStatus.RUNNING
+    row: dict[str, Any] = {
+        "id": new_id(),
+        "tenant_id": TENANT,
+        "created_by": "alice",
+        "job_type": "demo.echo",
+        "parameters": {"x": 1},
+        "queue": "default",
+        "priority": "normal",
+        "lane": "normal",
+        "tags": [],
+        "metadata": {},
+        "timeout_seconds": 60,
+        "max_retries": 3,
+        "retry_delay_seconds": 10.0,
+        "retry_backoff": 2.0,
+        "retry_max_delay_seconds": 100.0,
+        "retry_jitter": False,
+        "status": status.value,
+        "event_seq": 1,
+        "attempt": 1 if running else 0,
+        "queued_at": NOW,
+        "scheduled_for": NOW if status is JobStatus.SCHEDULED else None,
+        "next_retry_at": NOW if status is JobStatus.RETRYING else None,
+        "lease_token": new_id() if running else None,
+        "worker_id": WORKER if running else None,
+        "started_at": NOW if running else None,
+        "finished_at": NOW if status in FINAL else None,
+        "progress": 100 if status is JobStatus.COMPLETED else 0,
+        "created_at": NOW,
+        "updated_at": NOW,
+    } | columns
+    event = {
+        "job_id": row["id"],
+        "seq": row["event_seq"],
+        "tenant_id": row["tenant_id"],
+        "action": "create",
+        "status": status.value,
+        "attempt": row["attempt"],
+        "at": NOW,
+        "actor": "alice",
+    }
+    with database.write() as connection:
+        connection.execute(sa.insert(models.jobs).values(row))
+        connection.execute(sa.insert(models.job_events).values(event))
+    return str(row["id"])
+
+
+def add_worker(database: Database, *, state: str = "active", **columns: Any) -> str:
+    """The id of a new worker's row."""
+    row: dict[str, Any] = {
+        "id": new_id(),
+        "name": "w",
+        "host": "h",
+        "pid": 1,
+        "version": "0",
+        "lanes": ["normal"],
+        "state": state,
+        "held": [],
+    } | columns
+    with database.write() as connection:
+        connection.execute(sa.insert(models.workers).values(row))
+    return str(row["id"])
+
+
+def change(database: Database, table: sa.Table, row_id: str, **columns: Any) -> None:
+    """Write `columns` past the engine: what another process, or an operator, would have done."""
+    with database.write() as connection:
+        connection.execute(sa.update(table).where(table.c.id == row_id).values(columns))
+
+
+def job_row(database: Database, job_id: str) -> dict[str, Any]:
+    """All columns of a job."""
+    with database.read() as connection:
+        found = connection.execute(sa.select(models.jobs).where(models.jobs.c.id == job_id))
+        return {str(name): value for name, value in found.mappings().one().items()}
+
+
+def status_of(database: Database, job_id: str) -> str:
+    return str(job_row(database, job_id)["status"])
+
+
+def hold_of(database: Database, job_id: str) -> tuple[str, int, str]:
+    """What the holder of a running job names: its id, attempt and lease token."""
+    row = job_row(database, job_id)
+    return job_id, row["attempt"], row["lease_token"]
+
+
+def events_of(database: Database, job_id: str) -> list[dict[str, Any]]:
+    """The job's events, in order."""
+    e = models.job_events
+    with database.read() as connection:
+        found = connection.execute(sa.select(e).where(e.c.job_id == job_id).order_by(e.c.seq))
+        return [{str(name): value for name, value in row.items()} for row in found.mappings()]
+
+
+def rows_of(database: Database, table: sa.Table) -> list[sa.RowMapping]:
+    with database.read() as connection:
+        return list(connection.execute(sa.select(table).order_by(table.c.id)).mappings())
+
+
+def at_once(calls: Sequence[Callable[[], R]]) -> list[R | Exception]:
+    """What each of `calls` returned or raised, in order; all start together, each in its own thread."""
+    barrier = threading.Barrier(len(calls))
+
+    def run(call: Callable[[], R]) -> R | Exception:
+        barrier.wait(30)
+        try:
+            return call()
+        except Exception as error:
+            return error
+
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return list(pool.map(run, calls))
