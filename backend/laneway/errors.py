@@ -2,6 +2,7 @@
 
     LanewayError                   code, HTTP status, facts
     ├── BadRequest            400  cannot be read at all
+    │   └── WebhookNotVerified     raised to receivers, by verify_webhook
     ├── Unauthenticated       401
     ├── Forbidden             403  known caller, missing right
     ├── NotFound              404  also for what belongs to another tenant
@@ -69,6 +70,10 @@ class BadRequest(LanewayError):
 
 class InvalidCursor(BadRequest):
     code, title = "invalid_cursor", "The cursor is bent, or was made for other filters"
+
+
+class WebhookNotVerified(BadRequest):
+    code, title = "webhook_not_verified", "The request is not a webhook of ours, or not a fresh one"
 
 
 class Unauthenticated(LanewayError):

@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -46,8 +47,9 @@ class Placement(StrEnum):
             os.sched_setaffinity(0, {client})
 
 
+@cache
 def _two_cores() -> tuple[int, int]:
-    cores = sorted(os.sched_getaffinity(os.getppid()))  # this process may have bound itself already
+    cores = sorted(os.sched_getaffinity(0))  # as this process was started; later it is bound to one of them
     if len(cores) < 2:
         raise SystemExit("placement 'split' needs two cores; take --placement free")
     return cores[0], cores[1]

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from standardwebhooks.webhooks import Webhook
 
-from laneway.errors import Unauthenticated
+from laneway.errors import WebhookNotVerified
 from laneway.webhooks.secrets import new_webhook_secret
 from laneway.webhooks.signing import sign, signature_headers, verify_webhook
 
@@ -22,7 +22,7 @@ HEADERS = signature_headers(SECRET, message_id=ID, timestamp=STAMP, body=BODY)
 def reason(
     headers: dict[str, str], *, body: bytes = BODY, secret: str = SECRET, now: datetime = NOW
 ) -> object:
-    with pytest.raises(Unauthenticated) as refused:
+    with pytest.raises(WebhookNotVerified) as refused:
         verify_webhook(body, headers, secret, now=now)
     assert secret.removeprefix("whsec_") not in str(refused.value)
     return refused.value.facts["reason"]

@@ -10,10 +10,9 @@ from fastapi import APIRouter, FastAPI
 from starlette.types import ASGIApp
 
 from laneway import __version__
-from laneway.api import events, health, jobs, problems, queues, webhooks
+from laneway.api import events, health, jobs, openapi, problems, queues, webhooks
 from laneway.api.edge import Edge
 from laneway.api.runtime import Runtime
-from laneway.api.schemas import Problem
 from laneway.settings import Settings, get_settings
 
 BASE = "/api/v1"
@@ -42,13 +41,12 @@ def create_api(settings: Settings) -> FastAPI:
         max_body_size=settings.max_body_bytes,
         redoc_url=None,
     )
-    app.openapi_version = "3.2.0"
     problems.install(app)
     app.include_router(health.router)
     # `/queues/…` and `/webhooks/…` do not collide with `/jobs/{id}`; ids are UUIDs.
     for router in (jobs.router, events.router, queues.router, webhooks.router, *_mounted(settings)):
         app.include_router(router, prefix=BASE)
-    _describe(app)
+    openapi.finish(app)
     return app
 
 
@@ -56,19 +54,3 @@ def _mounted(settings: Settings) -> list[APIRouter]:
     """Routers of the modules in LANEWAY_TASKS that have some: `def api_router() -> APIRouter`."""
     modules = [import_module(name) for name in settings.tasks]
     return [module.api_router() for module in modules if hasattr(module, "api_router")]
-
-
-def _describe(app: FastAPI) -> None:
-    """Finish the OpenAPI document: the key scheme, and the problem schema that all errors share."""
-    generate = app.openapi
-
-    def openapi() -> dict[str, object]:
-        if app.openapi_schema is None:
-            document = generate()
-            components = document.setdefault("components", {})
-            components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-            components.setdefault("schemas", {})["Problem"] = Problem.model_json_schema()
-            document["security"] = [{"key": []}]
-        return app.openapi_schema  # type: ignore[return-value]
-
-    app.openapi = openapi  # type: ignore[method-assign]

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Mapping
 from typing import Annotated, Any
 from uuid import UUID
 
-from fastapi import APIRouter, Header
+from fastapi import APIRouter, Depends, Header
 from starlette.responses import Response, StreamingResponse
 
 from laneway.api.gate import GatedRoute, access
@@ -18,12 +18,21 @@ from laneway.api.schemas import problems
 from laneway.domain.states import FINAL, JobStatus
 from laneway.engine.callers import Caller
 from laneway.engine.queries import stamp
+from laneway.engine.service import Following
+from laneway.errors import LanewayError
 from laneway.limits.rules import RateClass
 
 STREAM_SECONDS = 15 * 60
 PING_SECONDS = 15.0
+RECONNECT_MS = 2000
 
 router = APIRouter(route_class=GatedRoute, tags=["jobs"])
+
+
+async def _place(caller: CallerDep, runtime: RuntimeDep) -> AsyncIterator[None]:
+    """One of the caller's streams, held until the answer has ended, however it ends."""
+    with runtime.streams.open(caller):
+        yield
 
 
 @router.get(
@@ -38,6 +47,7 @@ router = APIRouter(route_class=GatedRoute, tags=["jobs"])
         204: {"description": "The job has ended and all its events were seen: stop reconnecting."},
         **problems(404),
     },
+    dependencies=[Depends(_place)],
 )
 @access(RateClass.STREAM)
 async def stream_job_events(
@@ -48,56 +58,58 @@ async def stream_job_events(
 ) -> Response:
     """Follow a job: its events so far, then each one as it happens, until the final one."""
     seen = int(found[0]) if (found := re.match(r"\d{1,9}", last_event_id or "")) else 0
-    job = await in_thread(runtime.service.get, str(job_id), caller)
-    events = await in_thread(runtime.service.events, str(job_id), caller, after=seen)
-    if job["status"] in FINAL and not events:
+    first = await in_thread(runtime.service.follow, str(job_id), caller, after=seen)
+    if first.ended and not first.events:
         return Response(status_code=204)
-    place = runtime.streams.open(caller)
-    place.__enter__()  # refused before the answer starts, held until the stream ends
-
-    async def follow() -> AsyncIterator[bytes]:
-        try:
-            async for frame in _frames(runtime, caller, str(job_id), seen):
-                yield frame
-        finally:
-            place.__exit__(None, None, None)
-
-    return StreamingResponse(follow(), media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
+    frames = _frames(runtime, caller, str(job_id), seen)
+    return StreamingResponse(frames, media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
 
 
 async def _frames(runtime: Runtime, caller: Caller, job_id: str, seen: int) -> AsyncIterator[bytes]:
-    until = time.monotonic() + STREAM_SECONDS
-    last_progress: tuple[Any, ...] | None = None
     spoke_at = time.monotonic()
-    yield b"retry: 2000\n\n"
+    until = spoke_at + STREAM_SECONDS
+    last_progress: tuple[Any, ...] | None = None
+    yield b"retry: %d\n\n" % RECONNECT_MS
     with runtime.hub.watch(job_id) as watch:
         while time.monotonic() < until:
-            job = await in_thread(runtime.service.get, job_id, caller)
-            for event in await in_thread(runtime.service.events, job_id, caller, after=seen):
+            try:
+                now = await in_thread(runtime.service.follow, job_id, caller, after=seen)
+            except LanewayError:
+                return  # the database or the job is gone: the client comes back and is told so
+            frames = []
+            for event in now.events:
                 seen = event["seq"]
-                yield _frame(str(seen), f"job.{event['status']}", _news(job, event))
-                spoke_at = time.monotonic()
-            if job["status"] in FINAL and seen:
-                return
+                frames.append(_frame(str(seen), f"job.{event['status']}", _news_of(event, now)))
+            job = now.job
             progress = (job["attempt"], job["progress"], job["progress_message"])
             if job["status"] == JobStatus.RUNNING and job["progress"] and progress != last_progress:
                 last_progress = progress
-                yield _frame(f"{seen}.{job['progress']}", "job.progress", _news(job, None))
+                frames.append(_frame(f"{seen}.{job['progress']}", "job.progress", _news(job)))
+            if not frames and time.monotonic() - spoke_at > PING_SECONDS:
+                frames.append(b": ping\n\n")
+            for frame in frames:
+                yield frame
                 spoke_at = time.monotonic()
-            elif time.monotonic() - spoke_at > PING_SECONDS:
-                yield b": ping\n\n"
-                spoke_at = time.monotonic()
+            if now.ended:
+                return
             await watch.changed(PING_SECONDS)
 
 
-def _news(job: dict[str, Any], event: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What an event tells: where the job is; a final one also how it ended."""
+def _news(job: Mapping[str, Any]) -> dict[str, Any]:
+    """Where the job is."""
     names = ("id", "job_type", "status", "attempt", "progress", "progress_message", "progress_details")
-    news = {name: job[name] for name in names}
-    if event is not None:
-        news |= {"status": event["status"], "attempt": event["attempt"], "at": stamp(event["at"])}
-        if event["status"] in FINAL:
-            news |= {name: job[name] for name in ("result", "error", "finished_at")}
+    return {name: job[name] for name in names}
+
+
+def _news_of(event: Mapping[str, Any], now: Following) -> dict[str, Any]:
+    """What an event tells. The job's end has its result; an end that a retry undid has its error only."""
+    moment = stamp(event["at"])
+    news = _news(now.job) | {"status": event["status"], "attempt": event["attempt"], "at": moment}
+    if event["status"] in FINAL:
+        last = now.ended and event is now.events[-1]
+        news["result"] = now.job["result"] if last else None
+        news["error"] = now.job["error"] if last else event["error"]
+        news["finished_at"] = moment
     return news
 
 

@@ -10,6 +10,7 @@ closed when the key cannot be checked (503), to the in-process limiter when Redi
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -19,13 +20,15 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from laneway.api.runtime import Runtime, runtime_of, in_thread
+from laneway.api.runtime import Runtime, in_thread, runtime_of
 from laneway.engine.callers import Caller, Role
 from laneway.errors import Forbidden, RateLimited, Unauthenticated
 from laneway.limits.decision import Decision
 from laneway.limits.rules import RateClass
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+_JSON = re.compile(r"application/([^/]+\+)?json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +110,9 @@ def _refused(decision: Decision, whom: str) -> RateLimited:
 
 
 def _check_media_type(request: Request) -> None:
-    if request.method in {"POST", "PUT", "PATCH"} and request.headers.get("content-length", "0") != "0":
-        media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if media_type != "application/json" and not media_type.endswith("+json"):
-            raise HTTPException(415, "send the body as application/json")
+    headers = request.headers
+    if headers.get("content-length", "0") == "0" and "transfer-encoding" not in headers:
+        return  # no body
+    media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
+    if request.method in {"POST", "PUT", "PATCH"} and not _JSON.fullmatch(media_type):
+        raise HTTPException(415, "send the body as application/json")

@@ -39,7 +39,7 @@ class Hub:
 
     def __init__(self, redis_url: str) -> None:
         self._redis: Redis = Redis.from_url(
-            redis_url, decode_responses=True, socket_connect_timeout=1.0, retry=Retry(NoBackoff(), 0)
+            redis_url, socket_connect_timeout=1.0, retry=Retry(NoBackoff(), 0)
         )
         self._watches: dict[str, set[Watch]] = {}
         self._task: asyncio.Task[None] | None = None
@@ -76,8 +76,12 @@ class Hub:
                 async with self._redis.pubsub(ignore_subscribe_messages=True) as news:
                     await news.subscribe(JOBS_CHANNEL)
                     async for message in news.listen():
-                        for job_id in json.loads(message["data"]):
-                            for watch in self._watches.get(job_id, ()):
-                                watch.stir()
+                        self._hear(message["data"])
             except (RedisError, OSError):
                 await asyncio.sleep(RECONNECT_SECONDS)
+
+    def _hear(self, text: bytes) -> None:
+        with suppress(ValueError, TypeError):  # anybody may publish anything
+            for job_id in json.loads(text):
+                for watch in self._watches.get(job_id, ()):
+                    watch.stir()

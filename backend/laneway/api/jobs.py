@@ -6,21 +6,24 @@ import json
 import re
 import time
 from collections.abc import Mapping
-from typing import Annotated, Any
+from contextlib import nullcontext
+from datetime import UTC, datetime
+from typing import Annotated, Any, Literal
+from urllib.parse import urlencode
 from uuid import UUID
 
 from fastapi import APIRouter, Header, Query, Request
-from fastapi.exceptions import RequestValidationError
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field
 from starlette.responses import Response
 
 from laneway.api.gate import GatedRoute, access
-from laneway.api.runtime import CallerDep, Runtime, RuntimeDep, in_thread
+from laneway.api.runtime import CallerDep, Runtime, RuntimeDep, in_thread, runtime_of
 from laneway.api.schemas import JobPage, JobStatusView, JobView, ResultView, problems
-from laneway.domain.spec import JobSpec, Priority
+from laneway.domain.spec import JOB_TYPE_PATTERN, QUEUE_PATTERN, JobSpec, Priority
 from laneway.domain.states import FINAL, JobStatus
 from laneway.engine.callers import Caller
 from laneway.engine.queries import JobFilter
+from laneway.errors import BadRequest
 from laneway.limits.rules import RateClass
 
 LONGEST_WAIT_SECONDS = 30
@@ -37,7 +40,7 @@ router = APIRouter(route_class=GatedRoute, tags=["jobs"])
 def as_json(
     content: Mapping[str, Any], status: int = 200, headers: Mapping[str, str] | None = None
 ) -> Response:
-    """A response without a second validation: the engine's views are JSON already."""
+    """JSON without a second validation: the engine's views are what the response models describe."""
     body = json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
     return Response(body, status, dict(headers or {}), media_type="application/json")
 
@@ -50,8 +53,14 @@ def wait_asked(prefer: str | None) -> int:
 
 def accepted(request: Request, job: dict[str, Any]) -> Response:
     """202 with where to look, and when."""
-    where = f"{request.scope.get('root_path', '')}/api/v1/jobs/{job['id']}"
+    where = link_to(request, f"/api/v1/jobs/{job['id']}")
     return as_json(job, 202, {"Location": where, "Retry-After": str(POLL_HINT_SECONDS)})
+
+
+def link_to(request: Request, path: str) -> str:
+    """Where clients find `path`: below the setting `public_url`, else relative to the host they asked."""
+    public = runtime_of(request).settings.public_url.rstrip("/")
+    return f"{public or request.scope.get('root_path', '')}{path}"
 
 
 @router.post(
@@ -73,11 +82,13 @@ async def create_job(
     prefer: Annotated[str | None, Header()] = None,
 ) -> Response:
     """Queue a job. A 202 means that it is committed and will end in a final status."""
+    if "idempotency-key" in request.headers:
+        raise BadRequest("Idempotency-Key is not supported; `unique_key` in the body keeps one job active")
     prepared = runtime.service.prepare(spec, caller)
     seconds = wait_asked(prefer)
     if not seconds:
         return accepted(request, await runtime.new_jobs.add(prepared))
-    with runtime.streams.open(caller), runtime.hub.watch(prepared.row.id):
+    with runtime.streams.open(caller):
         job = await runtime.new_jobs.add(prepared)
         ended = await _wait_for_end(runtime, caller, job["id"], seconds)
     if ended is None:
@@ -85,46 +96,67 @@ async def create_job(
     return as_json(ended, 200, {"Preference-Applied": f"wait={seconds}"})
 
 
+def _status(value: object) -> object:
+    return _ALIASES.get(value, value) if isinstance(value, str) else value
+
+
+def _utc(moment: datetime) -> datetime:
+    try:
+        return moment.astimezone(UTC)
+    except OverflowError:
+        raise ValueError("the moment is outside of the years 1 to 9999 in UTC") from None
+
+
+Moment = Annotated[AwareDatetime, AfterValidator(_utc)]
+
+
+class JobQuery(BaseModel):
+    """What `GET /jobs` may be asked. Unknown names are refused: a filter that is ignored finds too much."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    status: list[Annotated[JobStatus, BeforeValidator(_status)]] = Field([], description="Repeatable.")
+    job_type: Annotated[str, Field(pattern=JOB_TYPE_PATTERN, max_length=100)] | None = None
+    queue: Annotated[str, Field(pattern=QUEUE_PATTERN)] | None = None
+    priority: Priority | None = None
+    created_after: Moment | None = None
+    created_before: Moment | None = None
+    scope: Literal["mine", "tenant"] = "tenant"
+    cursor: Annotated[str, Field(max_length=100)] | None = None
+    limit: Annotated[int, Field(ge=1, le=MAX_PAGE)] = 50
+
+    @property
+    def filter(self) -> JobFilter:
+        return JobFilter(
+            tuple(self.status),
+            self.job_type,
+            self.queue,
+            self.priority,
+            self.created_after,
+            self.created_before,
+        )
+
+
 @router.get("/jobs", response_model=JobPage, operation_id="listJobs", responses=problems(400))
 @access(RateClass.DEFAULT)
 async def list_jobs(
-    request: Request,
-    caller: CallerDep,
-    runtime: RuntimeDep,
-    status: Annotated[list[str] | None, Query(description="Repeatable.")] = None,
-    job_type: str | None = None,
-    queue: str | None = None,
-    priority: Priority | None = None,
-    created_after: AwareDatetime | None = None,
-    created_before: AwareDatetime | None = None,
-    scope: Annotated[str, Query(pattern="^(mine|tenant)$")] = "tenant",
-    cursor: Annotated[str | None, Query(max_length=500)] = None,
-    limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = 50,
+    request: Request, caller: CallerDep, runtime: RuntimeDep, asked: Annotated[JobQuery, Query()]
 ) -> Response:
     """Jobs, newest first. A user sees its own; operators and admins see their tenant's."""
-    wanted = JobFilter(
-        tuple(_status(text) for text in status or ()),
-        job_type,
-        queue,
-        priority,
-        created_after,
-        created_before,
-    )
     page, following = await in_thread(
-        runtime.service.page, caller, wanted, limit=limit, cursor=cursor, mine=scope == "mine"
+        runtime.service.page,
+        caller,
+        asked.filter,
+        limit=asked.limit,
+        cursor=asked.cursor,
+        mine=asked.scope == "mine",
     )
     headers = {}
     if following:
-        headers["Link"] = f'<{request.url.include_query_params(cursor=following)}>; rel="next"'
+        others = [(name, value) for name, value in request.query_params.multi_items() if name != "cursor"]
+        query = urlencode([*others, ("cursor", following)])
+        headers["Link"] = f'<{link_to(request, request.url.path)}?{query}>; rel="next"'
     return as_json({"data": page, "next_cursor": following, "has_more": following is not None}, 200, headers)
-
-
-def _status(text: str) -> JobStatus:
-    try:
-        return _ALIASES.get(text) or JobStatus(text)
-    except ValueError:
-        message = f"not a status; one of {', '.join(JobStatus)}"
-        raise RequestValidationError([{"loc": ("query", "status"), "msg": message, "type": "enum"}]) from None
 
 
 @router.get("/jobs/{job_id}", response_model=JobView, operation_id="getJob", responses=problems(404))
@@ -168,21 +200,26 @@ async def _read(
     fields: tuple[str, ...] | None,
 ) -> Response:
     known = {tag.strip().removeprefix("W/").strip('"') for tag in (if_none_match or "").split(",")}
+
+    def is_known(version: int) -> bool:
+        return str(version) in known or "*" in known
+
     seconds = wait_asked(prefer)
     deadline = time.monotonic() + seconds
     headers = {"Cache-Control": "private, no-cache"}
     if seconds:
         headers["Preference-Applied"] = f"wait={seconds}"
-    with runtime.hub.watch(job_id) as watch:
+    place = runtime.streams.open(caller) if seconds else nullcontext()
+    with place, runtime.hub.watch(job_id) as watch:
         while True:
             job, version = await in_thread(runtime.service.get_versioned, job_id, caller)
-            settled = str(version) not in known if if_none_match else job["status"] in FINAL
+            settled = not is_known(version) if if_none_match else job["status"] in FINAL
             left = deadline - time.monotonic()
             if settled or left <= 0:
                 break
             await watch.changed(left)
     headers["ETag"] = f'"{version}"'
-    if str(version) in known:
+    if is_known(version):
         return Response(status_code=304, headers=headers)
     return as_json(job if fields is None else {name: job[name] for name in fields}, 200, headers)
 

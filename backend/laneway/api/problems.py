@@ -7,13 +7,12 @@ from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 
-import sqlalchemy as sa
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from laneway.errors import BadRequest, LanewayError, StorageUnavailable
+from laneway.errors import BadRequest, LanewayError
 from laneway.log import get_logger
 
 MEDIA_TYPE = "application/problem+json"
@@ -28,7 +27,19 @@ _CODES = {
     415: "unsupported_media_type",
 }
 
+_HTTP_ERROR = "http_error"
+_MOST_ERRORS = 100  # of one answer
+_LONGEST_POINTER = 200
+
 log = get_logger("api")
+
+
+def codes() -> frozenset[str]:
+    """Every `code` that a problem may have."""
+    kinds = [LanewayError]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    return frozenset({kind.code for kind in kinds} | {*_CODES.values(), _HTTP_ERROR})
 
 
 def problem(
@@ -55,7 +66,9 @@ def problem(
     if facts:
         body["facts"] = dict(facts)
     if errors:
-        body["errors"] = errors
+        body["errors"] = [
+            error | {"pointer": error["pointer"][:_LONGEST_POINTER]} for error in errors[:_MOST_ERRORS]
+        ]
     content = json.dumps(body, ensure_ascii=False, default=str).encode("utf-8", "replace")
     return Response(content, status, dict(headers or {}), media_type=MEDIA_TYPE)
 
@@ -80,10 +93,10 @@ def of_error(request_scope: Mapping[str, Any], error: LanewayError) -> Response:
 
 
 def _pointer(location: tuple[int | str, ...]) -> str:
-    """A validation error's place: a JSON Pointer into the body, or `query/limit`."""
+    """A validation error's place: a JSON Pointer (RFC 6901) into the body, "" for all of it, or `query/limit`."""
     where, *rest = location
     path = "".join(f"/{str(part).replace('~', '~0').replace('/', '~1')}" for part in rest)
-    return path or "/" if where == "body" else f"{where}{path}"
+    return path if where == "body" else f"{where}{path}"
 
 
 def install(app: FastAPI) -> None:
@@ -92,7 +105,7 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(LanewayError)
     async def _ours(request: Request, error: LanewayError) -> Response:
         if error.status >= 500:
-            log.warning("request_failed", code=error.code, error=str(error))
+            log.warning("request_failed", code=error.code, cause=type(error.__cause__).__name__)
         return of_error(request.scope, error)
 
     @app.exception_handler(RequestValidationError)
@@ -100,13 +113,17 @@ def install(app: FastAPI) -> None:
         found = error.errors()
         if any(e["type"] == "json_invalid" for e in found):
             return of_error(request.scope, BadRequest("the body is not JSON"))
-        errors = [{"pointer": _pointer(e["loc"]), "detail": e["msg"], "code": e["type"]} for e in found[:100]]
+        errors = [
+            {"pointer": _pointer(e["loc"]), "detail": e["msg"], "code": e["type"]}
+            for e in found[:_MOST_ERRORS]
+        ]
+        where = errors[0]["pointer"][:_LONGEST_POINTER] or "the body"
         return problem(
             request.scope,
             status=422,
             code="invalid_request",
             title="The request is not valid",
-            detail=f"{errors[0]['pointer']}: {errors[0]['detail']}",
+            detail=f"{where}: {errors[0]['detail']}",
             errors=errors,
         )
 
@@ -116,14 +133,8 @@ def install(app: FastAPI) -> None:
         return problem(
             request.scope,
             status=error.status_code,
-            code=_CODES.get(error.status_code, "http_error"),
+            code=_CODES.get(error.status_code, _HTTP_ERROR),
             title=phrase,
             detail=str(error.detail) or phrase,
             headers=error.headers,
         )
-
-    @app.exception_handler(sa.exc.DBAPIError)
-    @app.exception_handler(sa.exc.TimeoutError)
-    async def _storage(request: Request, error: Exception) -> Response:
-        log.warning("storage_unavailable", error=type(error).__name__)
-        return of_error(request.scope, StorageUnavailable(retry_after_seconds=2))

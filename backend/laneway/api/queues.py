@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from laneway.api.gate import GatedRoute, access
 from laneway.api.jobs import as_json
-from laneway.api.runtime import CallerDep, RuntimeDep, ServiceDep, in_thread
+from laneway.api.runtime import RETRY_AFTER_SECONDS, CallerDep, RuntimeDep, ServiceDep, in_thread
 from laneway.api.schemas import problems
 from laneway.engine.registry import JobType
 from laneway.limits.rules import RateClass
@@ -59,6 +59,13 @@ class QueueHealth(BaseModel):
     workers: list[WorkerView]
 
 
+_UNHEALTHY: dict[str, Any] = {
+    "model": QueueHealth,
+    "description": "Not healthy; a problem when that cannot be found out.",
+    "content": problems(503)[503]["content"],
+}
+
+
 class JobTypeView(BaseModel):
     """A job type: the JSON Schema of its parameters, and the defaults of its jobs."""
 
@@ -66,6 +73,10 @@ class JobTypeView(BaseModel):
     description: str | None
     parameters_schema: dict[str, Any]
     defaults: dict[str, Any]
+
+
+class JobTypes(BaseModel):
+    data: list[JobTypeView]
 
 
 @router.get(
@@ -86,18 +97,20 @@ async def get_queue_stats(caller: CallerDep, service: ServiceDep) -> Response:
     response_model=QueueHealth,
     operation_id="getQueueHealth",
     tags=["queues"],
-    responses={503: {"model": QueueHealth, "description": "Not healthy."}, **problems()},
+    responses={**problems(), 503: _UNHEALTHY},
 )
 @access(RateClass.DEFAULT)
 async def get_queue_health(runtime: RuntimeDep) -> Response:
     """Whether somebody works: 200 healthy, 503 not."""
     health = await in_thread(runtime.service.queue_health)
-    return as_json(health, 200 if health["status"] == "healthy" else 503)
+    if health["status"] == "healthy":
+        return as_json(health)
+    return as_json(health, 503, {"Retry-After": str(RETRY_AFTER_SECONDS)})
 
 
 @router.get(
     "/job-types",
-    response_model=dict[str, list[JobTypeView]],
+    response_model=JobTypes,
     operation_id="listJobTypes",
     tags=["job types"],
     responses=problems(),

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Annotated, Any, ParamSpec, TypeVar, cast
 
 import anyio.to_thread
+import sqlalchemy as sa
 from fastapi import Depends, Request
 
 from laneway.api.hub import Hub
@@ -19,6 +20,7 @@ from laneway.engine.callers import Caller, Callers
 from laneway.engine.group_commit import GroupCommit
 from laneway.engine.registry import Registry, load
 from laneway.engine.service import JobService, Prepared
+from laneway.errors import StorageUnavailable
 from laneway.lanes.live import RedisNews
 from laneway.lanes.rq_lanes import RqLanes
 from laneway.limits.anonymous import AnonymousLimiter
@@ -26,6 +28,9 @@ from laneway.limits.limiter import RateLimiter
 from laneway.limits.rules import parse_rules
 from laneway.settings import Settings
 from laneway.webhooks.messages import WAKE_CHANNEL
+
+RETRY_AFTER_SECONDS = 2  # what a 503 asks for
+_AWAY = (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.InternalError, sa.exc.TimeoutError)
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -109,5 +114,8 @@ ServiceDep = Annotated[JobService, Depends(get_service)]
 
 
 async def in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Run what blocks (SQL, Redis) off the event loop."""
-    return await anyio.to_thread.run_sync(partial(function, *args, **kwargs))
+    """Run what blocks (SQL, Redis) off the event loop. Raises StorageUnavailable while the database is away."""
+    try:
+        return await anyio.to_thread.run_sync(partial(function, *args, **kwargs))
+    except _AWAY as error:
+        raise StorageUnavailable(retry_after_seconds=RETRY_AFTER_SECONDS) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
+from http import HTTPStatus
 from typing import Annotated, Any
 
 from pydantic import BaseModel, Field
@@ -102,7 +103,9 @@ class Problem(BaseModel):
 
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The `responses` of a route that may answer with these problems, besides 401, 403, 422, 429 and 503."""
-    every = {*statuses, 401, 403, 422, 429, 503}
+    """The `responses` of a route that may answer with these problems, and with those that any may."""
+    every = {*statuses, 401, 403, 422, 429, 500, 503}
     content = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
-    return {status: {"description": "A problem", "content": content} for status in sorted(every)}
+    return {
+        status: {"description": HTTPStatus(status).phrase, "content": content} for status in sorted(every)
+    }

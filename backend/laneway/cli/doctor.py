@@ -47,7 +47,7 @@ def doctor(
         _print(checks)
     else:
         for check in checks:
-            show.result(asdict(check), as_json=True)
+            show.result(asdict(check) if not check.ok else asdict(check) | {"remedy": None}, as_json=True)
     raise typer.Exit(ExitCode.OK if healthy else ExitCode.FAILED)
 
 

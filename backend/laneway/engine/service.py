@@ -164,6 +164,14 @@ class JobService:
             refused.errors = (FieldError("/webhook_url", str(refused), refused.code),)
             raise
 
+    def _webhook_target(self, url: str) -> str:
+        """The canonical spelling of an allowed target."""
+        try:
+            return check_url(url, self._webhook_policy).url
+        except WebhookUrlRefused as refused:
+            refused.errors = (FieldError("/webhook_url", str(refused), refused.code),)
+            raise
+
     def enqueue(self, prepared: Sequence[Prepared]) -> list[dict[str, Any] | Exception]:
         """Write jobs; one answer each, in order: the job, or the error of that job alone.
 

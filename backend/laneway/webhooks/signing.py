@@ -15,7 +15,7 @@ from datetime import datetime
 from typing import Any
 
 from laneway.clock import SystemClock
-from laneway.errors import Unauthenticated
+from laneway.errors import WebhookNotVerified
 from laneway.webhooks.secrets import SECRET_PREFIX
 
 ID_HEADER = "webhook-id"
@@ -56,7 +56,7 @@ def verify_webhook(
     """The payload's JSON, once the headers prove that the holder of `secret` sent it just now.
 
     For receivers: hand over the raw body, never re-encoded JSON. Header names match in any case; of
-    several signatures (a secret being rotated) one must fit. Raises Unauthenticated with the fact
+    several signatures (a secret being rotated) one must fit. Raises WebhookNotVerified with the fact
     `reason`: missing_header, bad_timestamp, too_old, too_new, no_match. Remember the `webhook-id` of what
     you have handled: a delivery may come twice.
     """
@@ -97,5 +97,5 @@ def _key(secret: str) -> bytes:
         raise ValueError(f"a webhook secret is `{SECRET_PREFIX}` and base64") from None
 
 
-def _refused(reason: str, message: str) -> Unauthenticated:
-    return Unauthenticated(f"webhook not verified: {message}", reason=reason)
+def _refused(reason: str, message: str) -> WebhookNotVerified:
+    return WebhookNotVerified(f"webhook not verified: {message}", reason=reason)

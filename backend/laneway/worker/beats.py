@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Sequence
 
 import sqlalchemy as sa
 
@@ -29,7 +29,7 @@ class Beats:
         settings: Settings,
         *,
         worker_id: str,
-        held: Collection[str],
+        held: Callable[[], Sequence[str]],
         clock: Clock,
         wished: Callable[[list[Wish]], None],
         lost: Callable[[], None],
@@ -63,7 +63,7 @@ class Beats:
         patience = self._settings.lease_seconds - 2 * self._settings.beat_seconds
         while not self._stopping.is_set():
             try:
-                wishes = leases.beat(self._database, worker_id=self._worker_id, held=list(self._held))
+                wishes = leases.beat(self._database, worker_id=self._worker_id, held=self._held())
             except (sa.exc.DBAPIError, sa.exc.TimeoutError) as error:
                 log.warning("beat_failed", worker_id=self._worker_id, error=type(error).__name__)
                 if self._clock.monotonic() - last > patience:

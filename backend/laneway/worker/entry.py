@@ -21,10 +21,10 @@ from laneway.db import Database
 from laneway.engine import leases, progress
 from laneway.engine.context import Progress
 from laneway.engine.endings import Cancelled, Ending, Raised, Returned, TimedOut
+from laneway.engine.exchange import Holder, exchange
 from laneway.engine.leases import Wish
-from laneway.engine.outcomes import Claimed, carry_out, decide
+from laneway.engine.outcomes import Claimed
 from laneway.engine.registry import load
-from laneway.engine.transitions import Applied, Claim
 from laneway.lanes.live import RedisNews
 from laneway.log import configure, get_logger
 from laneway.settings import Settings, get_settings
@@ -62,7 +62,6 @@ class _Run:
         self._database = Database(settings.database, pool_size=2)
         self._news = RedisNews(settings.redis_url, courier_channel=WAKE_CHANNEL)
         self._worker_id = new_id()
-        self._held: set[str] = set()
         self._asked_to_stop = threading.Event()
         self._finished = threading.Event()
         self._settling = threading.Lock()
@@ -72,19 +71,20 @@ class _Run:
 
     def execute(self, job_id: str) -> Any:
         registry = load(self._settings.tasks)
+        rng = Random()  # noqa: S311 - jitter
+        self._holder = Holder(self._worker_id, registry.names, self._settings.crash_limit, rng)
         name = f"rq-{socket.gethostname()}-{os.getpid()}"
         leases.register(self._database, worker_id=self._worker_id, name=name, lanes=[])
+        token = new_id()
         beats = Beats(
             self._settings,
             worker_id=self._worker_id,
-            held=self._held,
+            held=lambda: [token],
             clock=self._clock,
             wished=self._hear_wishes,
             lost=lambda: os._exit(LEASE_LOST),
         )
-        token = new_id()
-        self._held.add(token)
-        job = self._claim(job_id, token, registry.names)
+        job = self._claim(job_id, token)
         if job is None:
             log.info("nothing_to_claim", job_id=job_id)
             return None
@@ -115,34 +115,27 @@ class _Run:
         self._news.close()
         self._database.dispose()
 
-    def _claim(self, job_id: str, token: str, job_types: tuple[str, ...]) -> Claimed | None:
-        now = self._clock.now()
-        claim = Claim(job_id, token, self._worker_id, now)
-        with self._database.write() as connection:
-            outcome = carry_out(connection, [claim], now=now, actor=self._actor, job_types=job_types)[0]
-        return Claimed.of(outcome.row, token) if isinstance(outcome, Applied) else None
-
-    @property
-    def _actor(self) -> str:
-        return f"worker:{self._worker_id}"
+    def _claim(self, job_id: str, token: str) -> Claimed | None:
+        done = exchange(
+            self._database, self._holder, ended=(), wanted=[(job_id, token)], news={}, now=self._clock.now()
+        )
+        return done.claimed[0] if done.claimed else None
 
     def _settle(self, ending: Ending) -> None:
         """Write how the job ended, once: the handler's thread and the watchdogs may race."""
         job = self._job
         if job is None or not self._settling.acquire(blocking=False):
             return
-        now = self._clock.now()
-        rng = Random()  # noqa: S311 - jitter
-        move = decide(job, ending, now=now, rng=rng, crash_limit=self._settings.crash_limit)
-        with self._database.write() as connection:
-            if self._unsaved is not None:
-                progress.save(connection, [(job, self._unsaved)], now=now)
-            outcome = carry_out(connection, [move], now=now, actor=self._actor)[0]
-        if not isinstance(outcome, Applied):
+        news = {} if self._unsaved is None else {job.job_id: (job, self._unsaved)}
+        done = exchange(
+            self._database, self._holder, ended=[(job, ending)], wanted=(), news=news, now=self._clock.now()
+        )
+        for _, error in done.refused:
+            raise error
+        if done.stale:
             log.warning("stale_attempt", job_id=job.job_id, attempt=job.attempt)
-            return
         self._news.changed([job.job_id])
-        if outcome.row["webhook_url"]:
+        if any(settled.webhook for settled in done.settled):
             self._news.ring_courier()
 
     # Watchdogs: threads that end the process when the handler does not end by itself

@@ -32,20 +32,19 @@ import sqlalchemy as sa
 from rq import worker_registration
 from rq.suspension import is_suspended
 from rq.utils import now as rq_now
-from rq.utils import utcformat
 from rq.worker import BaseWorker
 
 from laneway.clock import Clock, SystemClock, new_id
 from laneway.db import Database
 from laneway.domain.spec import lanes_of
+from laneway.domain.states import JobStatus
 from laneway.engine import endings, leases, progress
 from laneway.engine.context import Progress
 from laneway.engine.endings import Cancelled, Crashed, Ending, Raised, TimedOut, Unfinished
-from laneway.engine.group_commit import commit_each
+from laneway.engine.exchange import Holder, Settled, exchange
 from laneway.engine.leases import Wish
-from laneway.engine.outcomes import Claimed, carry_out, decide
-from laneway.engine.transitions import Applied, Claim, HeldMove, Release
-from laneway.errors import LanewayError, StorageUnavailable
+from laneway.engine.outcomes import Claimed
+from laneway.errors import StorageUnavailable
 from laneway.lanes.backend import EndedRun, LanesUnavailable
 from laneway.lanes.live import WISHES_CHANNEL, RedisNews, listen
 from laneway.lanes.rq_lanes import RqLanes, connect
@@ -119,6 +118,7 @@ class PoolWorker(BaseWorker):  # type: ignore[misc]
         self._children: dict[int, ChildProcess] = {}
         self._expected_children = 0
         self._held: dict[str, Claimed] = {}  # lease token → job: claimed and not yet settled
+        self._claiming: set[str] = set()  # lease tokens of a claim that is under way
         self._ready: deque[Claimed] = deque()  # claimed, waiting for a child
         self._ready_since = 0.0
         self._ended: list[tuple[Claimed, Ending]] = []
@@ -409,100 +409,55 @@ class PoolWorker(BaseWorker):  # type: ignore[misc]
     def _commit(self, ids: Sequence[str]) -> None:
         """Settle the endings and claim the ids, in one transaction; then tell the lanes."""
         ended, self._ended = self._ended, []
-        now = self._clock.now()
-        moves: list[HeldMove] = [
-            decide(job, ending, now=now, rng=self._rng, crash_limit=self.settings.crash_limit)
-            for job, ending in ended
-        ]
-        claims = [
-            Claim(job_id, new_id(), self.worker_id, now + timedelta(microseconds=place))
-            for place, job_id in enumerate(dict.fromkeys(ids))
-        ]
-        for claim in claims:  # before the claim is sent: a beat in between must name it
-            self._held[claim.lease_token] = None  # type: ignore[assignment]
+        wanted = [(job_id, new_id()) for job_id in dict.fromkeys(ids)]
+        self._claiming = {token for _, token in wanted}  # a beat during the claim must name them
         try:
-            won = self._write(moves, claims, now=now)
+            done = exchange(
+                self.database,
+                self._holder,
+                ended=ended,
+                wanted=wanted,
+                news=self._news,
+                now=self._clock.now(),
+            )
         except StorageUnavailable:
             self._ended = ended + self._ended
+            self._claiming = set()
             self._pause_until = self._clock.monotonic() + DATABASE_PAUSE_SECONDS
-            for claim in claims:
-                del self._held[claim.lease_token]
             return
-        for claim in claims:
-            if (claimed := won.get(claim.lease_token)) is None:
-                del self._held[claim.lease_token]
-            else:
-                self._held[claim.lease_token] = claimed
-                self._ready.append(claimed)
-        if claims:
-            self._ready_since = self._clock.monotonic()
-            self._dispatch(self._ready_since)
         for job, _ in ended:
             self._held.pop(job.lease_token, None)
             self._news.pop(job.job_id, None)
-
-    def _write(self, moves: Sequence[HeldMove], claims: Sequence[Claim], *, now: Any) -> dict[str, Claimed]:
-        won: dict[str, Claimed] = {}
-
-        def commit(batch: Sequence[HeldMove | Claim]) -> list[Applied | None]:
-            with self.database.write() as connection:
-                news = [
-                    self._news[m.job_id] for m in batch if m.job_id in self._news and isinstance(m, HeldMove)
-                ]
-                progress.save(connection, news, now=now)
-                outcomes = carry_out(
-                    connection, batch, now=now, actor=f"worker:{self.worker_id}", job_types=self.job_types
-                )
-            return [outcome if isinstance(outcome, Applied) else None for outcome in outcomes]
-
-        batch: list[HeldMove | Claim] = [*moves, *claims]
-        outcomes = commit_each(commit, batch)
-        applied: list[Applied] = []
-        for move, outcome in zip(batch, outcomes, strict=True):
-            if isinstance(outcome, StorageUnavailable):
-                raise outcome
-            if isinstance(outcome, Applied):
-                if isinstance(move, Claim):
-                    won[move.lease_token] = Claimed.of(outcome.row, move.lease_token)
-                else:
-                    applied.append(outcome)
-            elif isinstance(outcome, Exception):
-                log.error("settle_refused", job_id=move.job_id, error=str(outcome))
-                self._fail_unsettled(move, outcome)
-            elif isinstance(move, HeldMove):
-                log.warning("stale_attempt", job_id=move.job_id, attempt=move.attempt)
-        self._after_commit(applied)
-        return won
-
-    def _fail_unsettled(self, move: HeldMove | Claim, error: Exception) -> None:
-        """The store refused this ending (not its neighbours'): the job fails with the reason."""
-        if isinstance(move, HeldMove) and (job := self._held.get(move.lease_token)) is not None:
+        for job in done.claimed:
+            self._held[job.lease_token] = job
+        self._claiming = set()
+        if done.claimed:
+            if not self._ready:
+                self._ready_since = self._clock.monotonic()
+            self._ready.extend(done.claimed)
+            self._dispatch(self._ready_since)
+        for job, error in done.refused:  # the store would not keep this ending: the job fails with the reason
+            log.error("ending_refused", job_id=job.job_id, error=type(error).__name__)
+            self._held[job.lease_token] = job
             self._ended.append((job, Raised("ResultRefused", str(error)[:500], permanent=True)))
+        for job in done.stale:
+            log.warning("stale_attempt", job_id=job.job_id, attempt=job.attempt)
+        self._tell(done.settled)
 
-    def _after_commit(self, applied: Sequence[Applied]) -> None:
-        """Best effort from here on: nothing may change the outcome any more."""
-        if not applied:
+    def _tell(self, settled: Sequence[Settled]) -> None:
+        """Best effort, after the commit: nothing here may change the outcome any more."""
+        if not settled:
             return
-        runs = [
-            EndedRun(
-                outcome.row["lane"],
-                outcome.row["id"],
-                outcome.status,
-                due_at=getattr(outcome.move, "next_retry_at", None),
-            )
-            for outcome in applied
-        ]
+        runs = [EndedRun(s.job.lane, s.job.job_id, s.status, due_at=s.next_retry_at) for s in settled]
         try:
             self.lanes.mirror_ended(runs, worker_name=self.name)
-            for outcome in applied:
-                if isinstance(outcome.move, Release):  # back to its place at the head
-                    self.lanes.refill(
-                        outcome.row["lane"], [outcome.row["id"]], [], complete=False, refusals_seen=-1
-                    )
+            for run in runs:
+                if run.status is JobStatus.QUEUED:  # released: back to its place at the head
+                    self.lanes.refill(run.lane, [run.job_id], [], complete=False, refusals_seen=-1)
         except LanesUnavailable:
             pass  # the reconciler repairs the lanes, expiry the mirror
-        self.news.changed([outcome.row["id"] for outcome in applied])
-        if any(outcome.row["webhook_url"] for outcome in applied):
+        self.news.changed([run.job_id for run in runs])
+        if any(s.webhook for s in settled):
             self.news.ring_courier()
 
     def _dispatch(self, now: float) -> None:
@@ -622,11 +577,12 @@ class PoolWorker(BaseWorker):  # type: ignore[misc]
     def _start_lease(self) -> None:
         self.worker_id = new_id()
         self._lost = False
+        self._holder = Holder(self.worker_id, self.job_types, self.settings.crash_limit, self._rng)
         leases.register(self.database, worker_id=self.worker_id, name=self.name, lanes=self.lane_names)
         self._beats = Beats(
             self.settings,
             worker_id=self.worker_id,
-            held=self._held,
+            held=lambda: [*self._held, *self._claiming],
             clock=self._clock,
             wished=self._hear_wishes,
             lost=self._lose_lease,

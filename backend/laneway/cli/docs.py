@@ -1,0 +1,459 @@
+"""`laneway docs`: the reference pages, written from the code that they describe.
+
+Each page is a pure function of the code: the same on every machine, whatever the environment says. A
+test compares the pages in `docs/reference` with what is made here.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+    from pydantic.fields import FieldInfo
+
+    from laneway.settings import Settings
+
+FOLDER = Path("docs") / "reference"
+MADE = "<!-- Written by `make docs`: change the code, not this page. -->"
+
+
+def docs(
+    folder: Annotated[Path, typer.Option(help="Where the pages are.")] = FOLDER,
+) -> None:
+    """Write the reference pages from the code."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in pages().items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def pages() -> dict[str, str]:
+    """Every generated page: file name → text."""
+    makers: dict[str, Callable[[], Iterable[str]]] = {
+        "settings.md": _settings,
+        "states.md": _states,
+        "events.md": _events,
+        "errors.md": _errors,
+        "limits.md": _limits,
+        "job_types.md": _job_types,
+        "http.md": _http,
+        "cli.md": _cli,
+        "python.md": _python,
+    }
+    return {name: _page(make()) for name, make in makers.items()}
+
+
+def _page(paragraphs: Iterable[str]) -> str:
+    title, *rest = (paragraph.strip() for paragraph in paragraphs)
+    return "\n\n".join([title, MADE, *filter(None, rest)]) + "\n"
+
+
+# Settings
+
+
+def _settings() -> Iterable[str]:
+    from laneway.settings import PREFIX, Settings
+
+    yield "# Settings"
+    yield (
+        "Read from the environment when a process starts. A value that does not fit stops the process with "
+        "a line that names the variable; a `LANEWAY_` variable that sets nothing is warned of, with the "
+        "nearest name. Lists are separated by commas, booleans are `1` or `0`."
+    )
+    for group, names in _setting_groups():
+        yield f"## {group}"
+        yield table(
+            ("variable", "default", "range", "what it does"),
+            (
+                (
+                    code(PREFIX + name.upper()),
+                    _default(Settings.model_fields[name]),
+                    _range(Settings.model_fields[name]),
+                    Settings.model_fields[name].description or "",
+                )
+                for name in names
+            ),
+        )
+
+
+def _setting_groups() -> Iterable[tuple[str, list[str]]]:
+    """The fields under the comment lines that stand over them in `Settings`."""
+    from laneway.settings import Settings
+
+    groups: list[tuple[str, list[str]]] = []
+    for line in inspect.getsource(Settings).splitlines():
+        if found := re.fullmatch(r" {4}# (.+)", line):
+            groups.append((found[1], []))
+        elif (found := re.match(r" {4}(\w+):", line)) and found[1] in Settings.model_fields:
+            groups[-1][1].append(found[1])
+    return [group for group in groups if group[1]]
+
+
+def _default(field: FieldInfo) -> str:
+    value = field.default
+    if hasattr(value, "get_secret_value"):
+        value = value.get_secret_value()
+    if isinstance(value, tuple):
+        value = ",".join(value)
+    if isinstance(value, bool):
+        value = int(value)
+    return code(value) if str(value) else "empty"
+
+
+def _range(field: FieldInfo) -> str:
+    signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+    bounds = [
+        f"{signs[name]} {getattr(rule, name):g}"
+        for rule in field.metadata
+        for name in signs
+        if hasattr(rule, name)
+    ]
+    choices = getattr(field.annotation, "__args__", ()) if not bounds else ()
+    return ", ".join(bounds) or codes(choice for choice in choices if isinstance(choice, str))
+
+
+# States and events
+
+
+def _states() -> Iterable[str]:
+    from laneway.domain.states import ACTIVE, FINAL, RULES, JobStatus
+
+    yield "# States"
+    yield (
+        "A job is in one status at a time. One table, `RULES` in `backend/laneway/domain/states.py`, says "
+        "which action leads from where to where; each change is one guarded UPDATE and one row of "
+        "`job_events`, in the same transaction."
+    )
+    meaning = _member_comments(JobStatus)
+    yield "## Statuses"
+    yield table(
+        ("status", "", "meaning"),
+        (
+            (code(status), "active" if status in ACTIVE else "final", meaning.get(status.name, ""))
+            for status in JobStatus
+        ),
+    )
+    yield "In `GET /api/v1/jobs`, `pending`, `processing` and `success` may stand for " + (
+        "`queued`, `running` and `completed`."
+    )
+    yield "## Actions"
+    yield (
+        "Only the worker that holds the job may do what is marked held: its write names the attempt and "
+        + ("the lease token.")
+    )
+    yield table(
+        ("action", "from", "to", "held"),
+        (
+            (
+                code(action),
+                codes(status for status in JobStatus if status in rule.sources),
+                code(rule.target),
+                "held" if rule.held else "",
+            )
+            for action, rule in RULES.items()
+        ),
+    )
+    yield "`create` is the first event of every job; it leads to `scheduled` or `queued`."
+    arrows = [
+        f"    {source} --> {rule.target}: {action}"
+        for action, rule in RULES.items()
+        for source in JobStatus
+        if source in rule.sources and action != "force_complete"
+    ]
+    ends = [f"    {status} --> [*]" for status in JobStatus if status in FINAL]
+    starts = [f"    [*] --> {status}: create" for status in (JobStatus.SCHEDULED, JobStatus.QUEUED)]
+    yield "## Diagram"
+    yield "Without `force_complete`, which leads from every other status to `completed`."
+    yield "\n".join(["```mermaid", "stateDiagram-v2", *starts, *arrows, *ends, "```"])
+
+
+def _member_comments(kind: type) -> dict[str, str]:
+    """What stands behind each member of an enumeration in its source."""
+    found = re.findall(r"^ {4}(\w+) = [^#\n]+# (.+)$", inspect.getsource(kind), re.M)
+    return {name: text.replace("`", "`") for name, text in found}
+
+
+def _events() -> Iterable[str]:
+    from laneway import models
+    from laneway.domain.events import DEFAULT_WEBHOOK_EVENTS, EVENT_OF
+    from laneway.domain.states import JobStatus
+    from laneway.engine.outcomes import webhook_data
+    from laneway.webhooks.messages import MAX_PAYLOAD_BYTES
+
+    yield "# Events"
+    yield "## Webhooks"
+    yield (
+        "What a job's `webhook_url` may hear. `webhook_events` picks some of them; without it all are sent: "
+        f"{codes(DEFAULT_WEBHOOK_EVENTS)}."
+    )
+    yield table(
+        ("event", "sent when the job"),
+        ((code(EVENT_OF[s]), f"became `{s}`") for s in JobStatus if s in EVENT_OF),
+    )
+    yield (
+        "The body is JSON: `type` (the event), `timestamp` (RFC 3339, UTC) and `data`. "
+        f"Past {MAX_PAYLOAD_BYTES} bytes `data.result` is null and `data.result_truncated` is true."
+    )
+    row: Any = dict.fromkeys(models.jobs.c.keys()) | {"status": JobStatus.COMPLETED}
+    yield f"`data` holds: {codes(sorted(webhook_data(row)))}."
+    yield "What they mean: [JobView](http.md#jobview); `job_id` is the job's `id`, tracebacks are left out."
+    yield (
+        "The request is signed as [Standard Webhooks](https://www.standardwebhooks.com) say, in the headers "
+        "`webhook-id`, `webhook-timestamp` and `webhook-signature`; see "
+        "[Verify a webhook](../how-to/verify_a_webhook.md)."
+    )
+    yield "## The stream of a job"
+    yield (
+        "`GET /api/v1/jobs/{job_id}/events` sends server-sent events: one for each status the job comes to, "
+        "and `job.progress` while it runs. `id` is the event's number in the job's life and can be handed "
+        "back as `Last-Event-ID`."
+    )
+    yield table(
+        ("event", "sent when the job"),
+        [(code(f"job.{status}"), f"became `{status}`") for status in JobStatus]
+        + [("`job.progress`", "runs and reported progress")],
+    )
+
+
+# Errors and limits
+
+
+def _errors() -> Iterable[str]:
+    from http import HTTPStatus
+
+    from laneway import errors
+    from laneway.api import problems
+
+    yield "# Errors"
+    yield (
+        "Every error of the HTTP API is `application/problem+json` (RFC 9457) with `type`, `title`, `status`, "
+        "`detail`, `instance`, `code` and `request_id`; some have `facts`, and 422 has `errors` with a JSON "
+        "Pointer each. Programs look at `code`: it does not change. 429 and 503 have `Retry-After`."
+    )
+    known = [kind for kind in vars(errors).values() if _is_error(kind, errors.LanewayError)]
+    rows = {kind.code: (str(kind.status), kind.title) for kind in known}
+    for status, code in problems._CODES.items():
+        rows.setdefault(code, (str(status), HTTPStatus(status).phrase))
+    yield table(
+        ("code", "status", "title"),
+        ((code(code), *rows[code]) for code in sorted(rows, key=lambda code: (rows[code][0], code))),
+    )
+
+
+def _is_error(kind: object, root: type) -> bool:
+    return isinstance(kind, type) and issubclass(kind, root)
+
+
+_LIMITS: tuple[tuple[str, str, str], ...] = (
+    ("domain.payload", "MAX_BYTES", "bytes of a job's `parameters` as JSON, and of its result"),
+    ("domain.payload", "MAX_DEPTH", "levels of nesting in any JSON"),
+    ("domain.payload", "MAX_INTEGER", "largest integer in any JSON"),
+    ("domain.spec", "MAX_TAGS", "tags of a job, of 1 to 100 characters each"),
+    ("domain.spec", "MAX_SECONDS", "longest delay or timeout, in seconds"),
+    ("domain.retry", "CRASH_DELAY_SECONDS", "seconds until a job whose process died runs again; doubles"),
+    ("domain.retry", "CRASH_MAX_DELAY_SECONDS", "longest of those waits, in seconds"),
+    ("engine.service", "MAX_METADATA_BYTES", "bytes of a job's `metadata` as JSON"),
+    ("engine.context", "MAX_MESSAGE", "characters kept of a progress message"),
+    ("engine.context", "MAX_DETAILS_BYTES", "bytes of progress details as JSON"),
+    ("engine.outcomes", "MAX_ERROR_MESSAGE", "characters kept of an error's message"),
+    ("engine.outcomes", "MAX_TRACEBACK", "characters kept of a traceback, from its end"),
+    ("engine.queries", "MAX_COUNTED", "rows a count goes up to in `GET /api/v1/queues/stats`"),
+    ("engine.callers", "CACHE_SECONDS", "seconds an API process goes on with a key it has seen"),
+    ("api.jobs", "LONGEST_WAIT_SECONDS", "longest `Prefer: wait`, in seconds"),
+    ("api.jobs", "MAX_PAGE", "jobs of one page"),
+    ("api.events", "STREAM_SECONDS", "seconds until an event stream is closed; clients reconnect"),
+    ("limits.rules", "MAX_QUOTA", "largest quota of a rate limit"),
+    ("limits.rules", "MAX_WINDOW_SECONDS", "longest window of a rate limit, in seconds"),
+    ("limits.rules", "MAX_WINDOWS", "windows of one rate class"),
+    ("webhooks.guard", "MAX_URL_CHARACTERS", "characters of a webhook URL"),
+    ("webhooks.guard", "MAX_HOST_CHARACTERS", "characters of its host"),
+    ("webhooks.messages", "MAX_PAYLOAD_BYTES", "bytes of a webhook's body; past it the result is left out"),
+    ("webhooks.retries", "MAX_ATTEMPTS", "attempts of one delivery"),
+    ("webhooks.retries", "MAX_RETRY_AFTER_SECONDS", "longest `Retry-After` honoured, in seconds"),
+    ("webhooks.sender", "MAX_RESPONSE_BYTES", "bytes read of a receiver's answer"),
+    ("webhooks.sender", "MAX_CONNECTIONS", "connections of one courier"),
+    ("webhooks.courier", "MAX_IN_FLIGHT", "attempts one courier has in flight"),
+    ("webhooks.courier", "MAX_IN_FLIGHT_PER_ORIGIN", "of them to one scheme, host and port"),
+    ("webhooks.signing", "TOLERANCE_SECONDS", "seconds a signature's age may differ from now"),
+)
+
+
+def _limits() -> Iterable[str]:
+    from laneway.limits.anonymous import ANONYMOUS
+    from laneway.limits.rules import parse_rules
+
+    yield "# Limits"
+    yield (
+        "What is refused or cut, and where the number stands. The fields of a request have their own limits "
+        "beside them: [JobSpec](http.md#jobspec). What an operator may change is a [setting](settings.md)."
+    )
+    yield table(
+        ("limit", "what", "constant"),
+        (
+            (
+                _number(getattr(import_module(f"laneway.{module}"), name)),
+                what,
+                code(f"laneway.{module}.{name}"),
+            )
+            for module, name, what in _LIMITS
+        ),
+    )
+    yield "## Requests"
+    yield (
+        "Each operation is charged to one rate class ([HTTP API](http.md)). A class holds in any window of "
+        "its length, counted per caller; `LANEWAY_RATE_LIMITS` changes it. These are the defaults:"
+    )
+    rules = parse_rules(_plain_settings().rate_limits)
+    named = [(rate_class, rule) for rate_class, each in rules.items() for rule in each]
+    rows = [
+        (code(rate_class), str(rule.quota), f"{rule.window_seconds} s", str(rule.partition))
+        for rate_class, rule in named
+    ]
+    rows.append((code("free"), "no limit", "", ""))
+    yield table(("class", "requests", "window", "counted per"), rows)
+    yield (
+        f"Requests without a valid key: {ANONYMOUS.quota} in any {ANONYMOUS.window_seconds} s from one "
+        "address (of IPv6, one /64), counted in each API process."
+    )
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value < 1e12 else str(value)
+
+
+def _plain_settings() -> Settings:
+    """The defaults, whatever the environment says."""
+    from laneway.settings import Settings
+
+    return Settings.model_construct()
+
+
+# Job types
+
+
+def _job_types() -> Iterable[str]:
+    from laneway.engine.registry import SHIPPED, JobType, load
+
+    yield "# Job types"
+    yield (
+        "What ships. `GET /api/v1/job-types` lists what a running service knows, with the modules of "
+        "`LANEWAY_TASKS`. Their jobs run on the queue `default` with priority `normal` unless a line says "
+        "otherwise."
+    )
+    for known in load(()):
+        if known.function.__module__ not in SHIPPED:
+            continue
+        yield f"## {known.name}"
+        yield inspect.cleandoc(known.function.__doc__ or "")
+        others = [f"`{name}`: {getattr(known, name)}" for name in JobType.DEFAULTED if known.differs(name)]
+        yield f"Defaults of its own: {', '.join(others)}." if others else ""
+        yield f"```json\n{json.dumps(known.schema, indent=2)}\n```"
+
+
+# The command line
+
+
+def _cli() -> Iterable[str]:
+    from laneway.cli import build
+    from laneway.cli.exits import ExitCode
+
+    yield "# Command line"
+    yield (
+        "`laneway --help` lists the commands, `laneway <command> --help` says what each takes. Results go to "
+        "standard output, the rest to standard error; off a terminal, and with `--json`, a result is one JSON "
+        "value a line."
+    )
+    yield table(
+        ("exit code", "meaning"),
+        (
+            (str(code.value), code(code.name) + f" {_member_comments(ExitCode).get(code.name, '')}")
+            for code in ExitCode
+        ),
+    )
+    group = typer.main.get_command(build())
+    yield from _commands(group, "laneway")
+
+
+def _commands(group: Any, path: str) -> Iterable[str]:
+    for name, command in sorted(group.commands.items()):
+        if command.hidden:
+            continue
+        if hasattr(command, "commands"):
+            yield from _commands(command, f"{path} {name}")
+            continue
+        context = command.make_context(f"{path} {name}", [], resilient_parsing=True)
+        yield f"## {path} {name}"
+        yield inspect.cleandoc(command.help or "")
+        yield f"```text\n{' '.join(command.get_usage(context).split()).removeprefix('Usage: ')}\n```"
+        records = [each.get_help_record(context) for each in command.params]
+        if records := [record for record in records if record]:
+            yield table(("option", "meaning"), ((code(option), what) for option, what in records))
+
+
+# The Python package
+
+
+def _python() -> Iterable[str]:
+    import laneway
+    from laneway.webhooks.signing import verify_webhook
+
+    yield "# Python"
+    yield "What `from laneway import …` gives. Each name is loaded on first use."
+    for name in laneway.__all__:
+        yield f"## {name}"
+        yield from _python_name(name, getattr(laneway, name))
+    yield "## laneway.webhooks.signing.verify_webhook"
+    yield "For receivers of webhooks."
+    yield from _python_name("verify_webhook", verify_webhook)
+
+
+def _python_name(name: str, value: Any) -> Iterable[str]:
+    from enum import Enum
+
+    if isinstance(value, type) and issubclass(value, Enum):
+        yield inspect.cleandoc(value.__doc__ or "")
+        yield "One of " + codes(f"{name}.{member.name}" for member in value) + "."
+        return
+    if inspect.isfunction(value):
+        yield _signature(name, value)
+        yield inspect.cleandoc(value.__doc__ or "")
+        return
+    if issubclass(value, BaseException) and "__init__" in vars(value):
+        yield _signature(name, value.__init__)
+    yield inspect.cleandoc(value.__doc__ or "")
+    for attribute, member in vars(value).items():
+        if attribute.startswith("_") or not (function := getattr(member, "fget", member)).__doc__:
+            continue
+        yield f"### {name}.{attribute}"
+        yield _signature(f"{name}.{attribute}", function, call=not isinstance(member, property))
+        yield inspect.cleandoc(function.__doc__)
+
+
+def _signature(name: str, function: Callable[..., Any], *, call: bool = True) -> str:
+    signature = inspect.signature(function)
+    parameters = [each for each in signature.parameters.values() if each.name != "self"]
+    shown = [_parameter(each) for each in parameters]
+    keyword = next((i for i, each in enumerate(parameters) if each.kind is each.KEYWORD_ONLY), None)
+    if keyword is not None and not any(each.kind is each.VAR_POSITIONAL for each in parameters):
+        shown.insert(keyword, "*")
+    returned = signature.return_annotation
+    arrow = f" -> {returned}" if isinstance(returned, str) and function.__name__ != "__init__" else ""
+    return f"```python\n{name}" + (f"({', '.join(shown)})" if call else "") + f"{arrow}\n```"
+
+
+def _parameter(parameter: inspect.Parameter) -> str:
+    stars = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
+    text = f"{stars}{parameter.name}: {parameter.annotation}"
+    return text if parameter.default is parameter.empty else f"{text} = {parameter.default!r}"
+
+
+if __name__ == "__main__":
+    typer.run(docs)

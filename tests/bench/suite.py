@@ -1,0 +1,98 @@
+"""The benchmarks: what each compares, in which numbers, with what."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from bench import drain, over_http, recovery
+from bench.figures import Metric
+from bench.ground import STORES, Stores
+
+RECOVERY_ROUNDS = 3
+DRAIN_COUNTS = {"RQ Worker": 120, "RQ SimpleWorker": 600, "RQ pool of 2": 2_000}
+BARE = "FastAPI + RQ"
+
+Run = Callable[[], dict[str, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """One comparison. Each round runs every case once; `references` are cases that others are set against."""
+
+    name: str
+    title: str
+    metrics: tuple[Metric, ...]
+    cases: dict[str, Run]
+    references: tuple[str, ...] = ()
+    rounds: int = 5
+
+
+def benches(stores: Stores, *, rounds: int, scale: float) -> list[Bench]:
+    """All of them, with counts and times multiplied by `scale`."""
+
+    def scaled(count: int) -> int:
+        return max(10, round(count * scale))
+
+    seconds = 4.0 * scale
+    on = {f"Laneway, {title}": store for title, store in STORES.items()}
+    return [
+        Bench(
+            "drain",
+            "Drain of no-op jobs (2 children; more is better)",
+            (Metric("rate", "worker", "jobs/s"),),
+            {case: partial(drain.laneway, stores, s, count=scaled(20_000)) for case, s in on.items()}
+            | {
+                case: partial(drain.stock_rq, stores, case, count=scaled(count))
+                for case, count in DRAIN_COUNTS.items()
+            },
+            tuple(DRAIN_COUNTS),
+            rounds,
+        ),
+        Bench(
+            "post",
+            "POST of a job (1 API process, 32 connections)",
+            (
+                Metric("rate", "API (more is better)", "requests/s"),
+                Metric("p50_ms", "API, median wait (less is better)", "ms"),
+                Metric("p99_ms", "API, 99th percentile (less is better)", "ms"),
+            ),
+            {case: partial(over_http.laneway_throughput, stores, s, seconds=seconds) for case, s in on.items()}
+            | {BARE: partial(over_http.bare_throughput, stores, seconds=seconds)},
+            (BARE,),
+            rounds,
+        ),
+        Bench(
+            "latency",
+            "From POST to the handler's first line, all idle (less is better)",
+            (
+                Metric("p50_ms", "median", "ms"),
+                Metric("p99_ms", "99th percentile", "ms"),
+            ),
+            {case: partial(over_http.laneway_latency, stores, s, count=scaled(100)) for case, s in on.items()}
+            | {f"{BARE} Worker": partial(over_http.bare_latency, stores, count=scaled(100))},
+            (f"{BARE} Worker",),
+            rounds,
+        ),
+        Bench(
+            "memory",
+            "Memory of a worker with 2 children after 1,000 jobs (less is better)",
+            (Metric("rss", "RSS, summed", "MiB"), Metric("pss", "PSS, summed", "MiB")),
+            {case: partial(drain.laneway, stores, s, count=scaled(1_000)) for case, s in on.items()}
+            | {"RQ pool of 2": partial(drain.stock_rq, stores, "RQ pool of 2", count=scaled(1_000))},
+            ("RQ pool of 2",),
+            rounds,
+        ),
+        Bench(
+            "recovery",
+            "From kill -9 of a worker, mid-job, to the re-run's first line (less is better)",
+            (Metric("seconds", "default lease of 30 s", "s"),),
+            {
+                case: partial(recovery.recovery, stores, store)
+                for case, store in on.items()
+                if store == "postgresql"
+            },
+            rounds=min(rounds, RECOVERY_ROUNDS),
+        ),
+    ]

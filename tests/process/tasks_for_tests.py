@@ -1,0 +1,153 @@
+"""Job types that tests watch from outside: through files, since they run in other processes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import os
+import subprocess
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from laneway.engine.context import JobContext
+from laneway.engine.registry import background_job
+
+_never = threading.Event()
+
+
+def _append(path: str, line: str) -> None:
+    """One line, whole, whoever else is writing."""
+    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(handle, (line + "\n").encode())
+    finally:
+        os.close(handle)
+
+
+def _wait_for(gate: str, meanwhile: Callable[[], None] = lambda: None) -> None:
+    while not Path(gate).exists():
+        meanwhile()
+        _never.wait(0.01)
+
+
+@background_job("test.note")
+def note(ledger: str, text: str, seconds: float = 0) -> str:
+    """Write a line, then take so long."""
+    _append(ledger, text)
+    if seconds:
+        _never.wait(seconds)
+    return text
+
+
+@background_job("test.hold")
+def hold(job: JobContext, ledger: str, gate: str, cooperative: bool = False, once: bool = False) -> int:
+    """Write "attempt pid" and wait for the file `gate`; with `once` only in the first attempt."""
+    _append(ledger, f"{job.attempt} {os.getpid()}")
+    if not (once and job.attempt > 1):
+        _wait_for(gate, job.check_cancelled if cooperative else lambda: None)
+    return job.attempt
+
+
+@background_job("test.endless")
+def endless(job: JobContext, how: Literal["exception", "base", "c"], ledger: str, times: int = 99) -> int:
+    """Ignore its timeout as `how` says: catch every Exception, every BaseException, or sit in C code."""
+    if job.attempt > times:
+        return job.attempt
+    _append(ledger, f"{job.attempt} {os.getpid()}")
+    caught = {"exception": Exception, "base": BaseException}
+    if how == "c":
+        mutex = ctypes.create_string_buffer(128)  # a pthread_mutex_t: locked twice, it never returns
+        for _ in range(2):
+            ctypes.CDLL(None).pthread_mutex_lock(mutex)
+    while True:
+        with contextlib.suppress(caught[how]):
+            _never.wait(0.05)
+
+
+@background_job("test.endless_async")
+async def endless_async(ledger: str, how: Literal["exception", "base", "block"]) -> None:
+    """The same for a coroutine, which may also block its event loop."""
+    _append(ledger, str(os.getpid()))
+    caught = {"exception": Exception, "base": BaseException, "block": Exception}
+    while True:
+        with contextlib.suppress(caught[how]):
+            if how == "block":
+                _never.wait(0.05)
+            else:
+                await asyncio.sleep(600)
+
+
+@background_job("test.parent")
+def parent(ledger: str, gate: str) -> None:
+    """Start a program and fork a process, write both pids, and wait."""
+    program = subprocess.Popen(["sleep", "600"])
+    forked = os.fork()
+    if not forked:
+        while True:
+            _never.wait(1)
+    _append(ledger, f"{program.pid} {forked}")
+    _wait_for(gate)
+
+
+@background_job("test.leave_a_fork")
+def leave_a_fork(ledger: str, die: bool = False) -> None:
+    """Fork a process that outlives the job; with `die` the job's own process then dies."""
+    forked = os.fork()
+    if not forked:
+        while True:
+            _never.wait(1)
+    _append(ledger, str(forked))
+    if die:
+        os._exit(9)
+
+
+@background_job("test.progress")
+def progress(job: JobContext, reports: list[list[Any]], gate: str) -> None:
+    """Report each `[percent, message, details]`, then wait."""
+    for percent, message, details in reports:
+        job.progress(percent, message, details=details)
+    _wait_for(gate)
+
+
+@background_job("test.chatter")
+def chatter(job: JobContext, count: int) -> None:
+    """Report from several threads at once, with frames too long for one write."""
+
+    def talk() -> None:
+        for step in range(count):
+            job.progress(100 * step / count, "m" * 500, details={"text": "d" * 8000})
+
+    threads = [threading.Thread(target=talk) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+@background_job("test.result")
+def result(kind: Literal["limit", "past_limit", "nan", "object", "surrogate"]) -> Any:
+    """Return something at, or past, what a result may be."""
+    match kind:
+        case "limit":
+            return "x" * (256 * 1024 - 2)
+        case "past_limit":
+            return "x" * (256 * 1024 - 1)
+        case "nan":
+            return [float("nan")]
+        case "object":
+            return {"a": object()}
+        case "surrogate":
+            return "\ud800"
+
+
+class _Unprintable(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("it cannot be said")
+
+
+@background_job("test.raise_unprintable")
+def raise_unprintable() -> None:
+    raise _Unprintable
