@@ -56,7 +56,7 @@ docs: $(INSTALLED) ## write the reference pages from the code
 	$(BIN)/laneway docs
 
 bench: $(INSTALLED) ## measure; wants a quiet machine
-	$(BIN)/python -m tests.bench
+	PYTHONPATH=tests $(BIN)/python -m bench
 
 lock: $(INSTALLED) ## write both lock files anew, with hashes, for every platform we run on
 	$(BIN)/pip install --quiet uv==$(UV_VERSION)

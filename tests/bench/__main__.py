@@ -10,9 +10,11 @@ import argparse
 import json
 import os
 import pstats
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -44,7 +46,7 @@ def main() -> None:
         chosen = [
             b for b in benches(stores, rounds=options.rounds, scale=options.scale) if b.name in options.only
         ]
-        report = {
+        report: dict[str, Any] = {
             "at": SystemClock().now().isoformat(timespec="seconds"),
             "placement": options.placement.words,
             "rounds": options.rounds,
@@ -61,14 +63,16 @@ def main() -> None:
     report["results"] = {
         b.name: {m.key: as_json(m, results[b.name][m.key], b.references) for m in b.metrics} for b in chosen
     }
-    _show(Console(), report, chosen, results, markdown=False)
+    _show(Console(width=None if sys.stdout.isatty() else 120), report, chosen, results, markdown=False)
     _keep(report, chosen, results)
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default: 5)")
-    parser.add_argument("--scale", type=float, default=1.0, help="multiplies counts and seconds (default: 1)")
+    parser.add_argument("--rounds", type=_positive(int), default=5, help="interleaved rounds (default: 5)")
+    parser.add_argument(
+        "--scale", type=_positive(float), default=1.0, help="multiplies counts and seconds (default: 1)"
+    )
     parser.add_argument("--only", type=_names, default=NAMES, help=f"some of {','.join(NAMES)}")
     parser.add_argument(
         "--placement",
@@ -81,6 +85,16 @@ def _options() -> argparse.Namespace:
         "--profile", action="store_true", help="only print where the worker's time goes (PostgreSQL)"
     )
     return parser.parse_args()
+
+
+def _positive(kind: type[int] | type[float]) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        number = kind(text)
+        if number <= 0:
+            raise argparse.ArgumentTypeError("must be above 0")
+        return number
+
+    return parse
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -128,7 +142,7 @@ def _measure(bench: Bench, advance: _Advance, loads: list[tuple[float, float, fl
 
 def _show(
     console: Console,
-    report: dict[str, object],
+    report: dict[str, Any],
     chosen: Sequence[Bench],
     results: dict[str, Measured],
     *,
@@ -136,8 +150,9 @@ def _show(
 ) -> None:
     facts: dict[str, object] = {"at": report["at"], "placement": report["placement"]}
     for part in ("machine", "versions"):
-        facts |= report[part]  # type: ignore[operator]
-    console.print("\n".join(f"- {name}: {value}" for name, value in facts.items()), highlight=False)
+        facts |= report[part]
+    for name, value in facts.items():
+        console.print(f"- {name}: {value}", highlight=False, soft_wrap=True)
     for bench in chosen:
         heading = f"## {bench.title}" if markdown else bench.title
         console.print(f"\n{heading}\n", style="bold", highlight=False)
@@ -145,18 +160,20 @@ def _show(
             console.print(table(metric, results[bench.name][metric.key], bench.references, markdown=markdown))
 
 
-def _keep(report: dict[str, object], chosen: Sequence[Bench], results: dict[str, Measured]) -> None:
+def _keep(report: dict[str, Any], chosen: Sequence[Bench], results: dict[str, Measured]) -> None:
     RESULTS.mkdir(exist_ok=True)
     stem = RESULTS / str(report["at"])[:19].replace(":", "")
     stem.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n")
     with stem.with_suffix(".md").open("w") as file:
         _show(Console(file=file, width=200), report, chosen, results, markdown=True)
-    Console(stderr=True).print(f"kept in {stem}.json and {stem}.md", highlight=False)
+    Console(stderr=True).print(f"kept in {stem}.json and {stem}.md", highlight=False, soft_wrap=True)
 
 
 def _profile(stores: Stores, scale: float) -> None:
     path = stores.folder / "profile"
-    rate = drain.laneway(stores, "postgresql", count=max(10, round(20_000 * scale)), profile=str(path))["rate"]
+    rate = drain.laneway(stores, "postgresql", count=max(10, round(20_000 * scale)), profile=str(path))[
+        "rate"
+    ]
     print(f"{rate:,.0f} jobs/s under cProfile, which slows Python down: read the shares, not the times")
     pstats.Stats(str(path)).sort_stats("tottime").print_stats(PROFILE_LINES)
 

@@ -67,6 +67,9 @@ class Connection:
         self._received = b""
         return int(head[9:12])
 
+    def close(self) -> None:
+        self.socket.close()
+
     def exchange(self, message: bytes) -> int:
         """Send a request and wait for its response's status."""
         self.send(message)
@@ -78,9 +81,10 @@ class Connection:
 def generate(
     *, port: int, message: bytes, connections: int, warm_up_seconds: float, seconds: float
 ) -> dict[str, Any]:
-    """Keep `connections` requests in flight; count what was answered in `seconds` after the warm-up.
+    """Keep `connections` requests in flight; measure `seconds` after the warm-up.
 
-    Requests in flight at the end are waited for, so `statuses` has every request that was sent.
+    `rate` counts the answers in that time. The waits are of the requests sent in it, also of those still in
+    flight at its end, so that a stall at the end is seen. `statuses` has every request that was sent.
     """
     selector = selectors.DefaultSelector()
     for _ in range(connections):
@@ -91,6 +95,7 @@ def generate(
     stop = start + int(seconds * 1e9)
     in_flight = connections
     statuses: Counter[int] = Counter()
+    answered = 0
     waits: list[int] = []
     while in_flight:
         ready = selector.select(PATIENCE_SECONDS)
@@ -102,16 +107,18 @@ def generate(
                 continue
             now = time.monotonic_ns()
             statuses[status] += 1
-            if start <= now < stop:
+            answered += start <= now < stop
+            if key.data.sent_ns >= start:
                 waits.append(now - key.data.sent_ns)
             if now < stop:
                 key.data.send(message)
             else:
                 in_flight -= 1
+    assert waits, "no request was sent and answered after the warm-up"
     waits.sort()
     return {
         "statuses": statuses,
-        "rate": len(waits) / seconds,
+        "rate": answered / seconds,
         "p50_ms": percentile(waits, 0.5) / 1e6,
         "p99_ms": percentile(waits, 0.99) / 1e6,
     }

@@ -60,20 +60,24 @@ def shown(number: float) -> str:
 
 
 def table(metric: Metric, values: Values, references: Sequence[str], *, markdown: bool = False) -> Table:
-    """A row a case: median, spread, and the ratio to each reference."""
+    """A row a case: median, spread, and, for what is no reference itself, the ratio to each reference."""
     made = Table(box=box.MARKDOWN if markdown else box.SIMPLE_HEAD)
     made.add_column(metric.title)
     for title in (metric.unit, "min - max", *(f"x {reference}" for reference in references)):
         made.add_column(title, justify="right")
     for case, measured in values.items():
+        compared = () if case in references else (ratios(values, case, r) for r in references)
         spread = Spread.of(measured)
-        compared = ["1" if case == r else _with_spread(ratios(values, case, r)) for r in references]
-        made.add_row(case, shown(spread.median), f"{shown(spread.least)} - {shown(spread.most)}", *compared)
+        made.add_row(case, shown(spread.median), _range(spread), *map(_with_range, compared))
     return made
 
 
-def _with_spread(spread: Spread) -> str:
-    return f"{shown(spread.median)} ({shown(spread.least)} - {shown(spread.most)})"
+def _range(spread: Spread) -> str:
+    return f"{shown(spread.least)} - {shown(spread.most)}"
+
+
+def _with_range(spread: Spread) -> str:
+    return f"{shown(spread.median)} ({_range(spread)})"
 
 
 def as_json(metric: Metric, values: Values, references: Sequence[str]) -> dict[str, object]:

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 from bench.client import PATIENCE_SECONDS, Connection, request
@@ -73,7 +73,8 @@ def _load(
     """What the load generator measured, and how many jobs were accepted in all."""
     port = listener.getsockname()[1]
     message = request(path, 0, key=key)
-    _need_accepted(api, Connection(port).exchange(message))  # waits for the start
+    with closing(Connection(port)) as first:
+        _need_accepted(api, first.exchange(message))  # waits for the server's start
     plan = {
         "port": port,
         "message": message.decode(),
@@ -103,13 +104,13 @@ def _latency(
 
     The first one only warms up.
     """
-    connection = Connection(listener.getsockname()[1])
     sent: list[int] = []
-    for number in range(count + 1):
-        _need_accepted(worker, connection.exchange(request(path, number, key=key)))
-        sent.append(connection.sent_ns)
-        ground.wait_for_records(number + 1, worker)
-        threading.Event().wait(PAUSE_SECONDS)
+    with closing(Connection(listener.getsockname()[1])) as connection:
+        for number in range(count + 1):
+            _need_accepted(worker, connection.exchange(request(path, number, key=key)))
+            sent.append(connection.sent_ns)
+            ground.wait_for_records(number + 1, worker)
+            threading.Event().wait(PAUSE_SECONDS)
     seen = ground.wait_for_records(count + 1, worker)
     seen.need_each_once(count + 1)
     waits = sorted(at - sent[number] for number, at in seen.entries if number > 0)

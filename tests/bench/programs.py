@@ -52,15 +52,17 @@ class Program:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """SIGTERM first, as in a deploy; what is left after a while is killed."""
-        tree = self.tree()
+        """SIGTERM first, as in a deploy; what that leaves is killed."""
+        if self._process.poll() is not None:
+            return
+        descendants = self.tree()[1:]
         self._process.terminate()
         try:
             self._process.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:
-            pass  # killed below
-        _kill(tree)
-        self._process.wait()
+            self._process.kill()
+            self._process.wait()
+        _kill(descendants)
 
     def tree(self) -> list[int]:
         """Its process id and those of all that descend from it, parents first."""

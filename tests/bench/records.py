@@ -16,7 +16,9 @@ from pathlib import Path
 
 VARIABLE = "BENCH_RECORDS"
 _RECORD = struct.Struct("<qq")
-_file = os.open(os.environ[VARIABLE], os.O_WRONLY | os.O_APPEND | os.O_CREAT) if VARIABLE in os.environ else -1
+_file = (
+    os.open(os.environ[VARIABLE], os.O_WRONLY | os.O_APPEND | os.O_CREAT) if VARIABLE in os.environ else -1
+)
 
 
 def record(number: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -24,7 +24,7 @@ class Bench:
     name: str
     title: str
     metrics: tuple[Metric, ...]
-    cases: dict[str, Run]
+    cases: Mapping[str, Run]
     references: tuple[str, ...] = ()
     rounds: int = 5
 
@@ -58,7 +58,10 @@ def benches(stores: Stores, *, rounds: int, scale: float) -> list[Bench]:
                 Metric("p50_ms", "API, median wait (less is better)", "ms"),
                 Metric("p99_ms", "API, 99th percentile (less is better)", "ms"),
             ),
-            {case: partial(over_http.laneway_throughput, stores, s, seconds=seconds) for case, s in on.items()}
+            {
+                case: partial(over_http.laneway_throughput, stores, s, seconds=seconds)
+                for case, s in on.items()
+            }
             | {BARE: partial(over_http.bare_throughput, stores, seconds=seconds)},
             (BARE,),
             rounds,

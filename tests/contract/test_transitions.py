@@ -64,9 +64,9 @@ LET_GO = {"lease_token": None, "worker_id": None}
 HELD = [action for action in Action if RULES[action].held]
 
 
-def make(database: Database, moves: Sequence[Move], **options: Any) -> list[Outcome]:
+def make(database: Database, moves: Sequence[Move], job_types: Sequence[str] | None = None) -> list[Outcome]:
     with database.write() as connection:
-        return apply(connection, moves, **({"now": LATER, "actor": "tester"} | options))
+        return apply(connection, moves, now=LATER, actor="tester", job_types=job_types)
 
 
 def claim(job_id: str) -> Claim:
@@ -76,7 +76,7 @@ def claim(job_id: str) -> Claim:
 def move_of(action: Action, job_id: str, attempt: int = 3, token: str = "") -> Move:
     """A move that fills in all it can carry."""
     hold = (job_id, attempt, token or new_id())
-    return {
+    moves: dict[Action, Callable[[], Move]] = {
         Action.ENQUEUE: lambda: Enqueue(job_id),
         Action.CLAIM: lambda: Claim(job_id, new_id(), new_id(), LATER + timedelta(microseconds=3)),
         Action.COMPLETE: lambda: Complete(*hold, result='{"n": [1, 2.50]}'),
@@ -89,7 +89,8 @@ def move_of(action: Action, job_id: str, attempt: int = 3, token: str = "") -> M
         Action.EXPIRE: lambda: Expire(job_id),
         Action.RETRY: lambda: Retry(job_id),
         Action.FORCE_COMPLETE: lambda: ForceComplete(job_id, result="7", reason="by hand"),
-    }[action]()
+    }
+    return moves[action]()
 
 
 def changes_of(action: Action, before: dict[str, Any], move: Any) -> dict[str, Any]:
@@ -100,7 +101,7 @@ def changes_of(action: Action, before: dict[str, Any], move: Any) -> dict[str, A
         "progress_message": None,
         "progress_details": None,
     }
-    return {
+    changes: dict[Action, Callable[[], dict[str, Any]]] = {
         Action.ENQUEUE: lambda: {"queued_at": LATER, "next_retry_at": None, "status_reason": None},
         Action.CLAIM: lambda: {
             **again,
@@ -161,6 +162,7 @@ def changes_of(action: Action, before: dict[str, Any], move: Any) -> dict[str, A
             "cancelled_by": None,
             "cancel_reason": None,
             "expires_at": None,
+            "webhook_delivered": False,
         },
         Action.FORCE_COMPLETE: lambda: {
             **LET_GO,
@@ -171,7 +173,8 @@ def changes_of(action: Action, before: dict[str, Any], move: Any) -> dict[str, A
             "next_retry_at": None,
             "finished_at": LATER,
         },
-    }[action]()
+    }
+    return changes[action]()
 
 
 def seasoned_job(database: Database, status: JobStatus, action: Action) -> str:
@@ -189,7 +192,7 @@ def seasoned_job(database: Database, status: JobStatus, action: Action) -> str:
     if status is not JobStatus.COMPLETED:
         columns["progress"] = 40
     if status in FINAL:
-        columns |= {"result": {"old": True}, "dead_letter_reason": "exhausted"}
+        columns |= {"result": {"old": True}, "dead_letter_reason": "exhausted", "webhook_delivered": True}
         columns |= {"cancel_requested_at": NOW, "cancel_terminate": True, "cancel_grace_seconds": 3.5}
         columns |= {"cancelled_by": "carol", "cancel_reason": "no more", "expires_at": NOW}
     if action is Action.EXPIRE:

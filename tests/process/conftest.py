@@ -26,9 +26,7 @@ def either_stack(database_url: str, redis_url: str, tmp_path: Path) -> Iterator[
 
 
 @pytest.fixture
-def stack_with_own_redis(
-    database_url: str, own_redis_server: RedisServer, tmp_path: Path
-) -> Iterator[Stack]:
+def stack_with_own_redis(database_url: str, own_redis_server: RedisServer, tmp_path: Path) -> Iterator[Stack]:
     """On each store in turn, with a Redis that the test may stop."""
     with Stack(database_url, own_redis_server.url, tmp_path) as started:
         yield started

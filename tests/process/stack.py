@@ -183,7 +183,7 @@ class Stack:
     def pids(self) -> list[int]:
         """Everything alive that the stack's processes are or ever started."""
         wanted = f"STACK_OF_A_TEST={self.mark}".encode()
-        return [pid for pid in _all_pids() if wanted in _read(pid, "environ") and _state(pid) not in "ZX"]
+        return [pid for pid in _all_pids() if wanted in _read(pid, "environ") and is_alive(pid)]
 
     def nursery(self, worker: Process) -> int:
         (pid,) = (p for p in _children(worker.pid) if b"laneway.worker.nursery" in _read(p, "cmdline"))
@@ -191,7 +191,7 @@ class Stack:
 
     def children(self, worker: Process) -> list[int]:
         """The children that wait for jobs or run them."""
-        return [pid for pid in _children(self.nursery(worker)) if _state(pid) not in "ZX"]
+        return [pid for pid in _children(self.nursery(worker)) if is_alive(pid)]
 
     # Jobs
 
@@ -307,6 +307,10 @@ def _stat(pid: int) -> list[str]:
 
 def _state(pid: int) -> str:
     return (_stat(pid) or "X")[0]
+
+
+def is_alive(pid: int) -> bool:
+    return _state(pid) not in "ZX"
 
 
 def _children(parent: int) -> list[int]:

@@ -151,3 +151,9 @@ class _Unprintable(Exception):
 @background_job("test.raise_unprintable")
 def raise_unprintable() -> None:
     raise _Unprintable
+
+
+@background_job("test.say")
+def say(text: str) -> None:
+    """Print."""
+    print(text)

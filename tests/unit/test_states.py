@@ -37,7 +37,7 @@ def test_every_action_has_one_rule_and_one_move() -> None:
 
 def test_every_status_is_waiting_or_running_or_final() -> None:
     assert {*WAITING, S.RUNNING} == ACTIVE
-    assert ACTIVE | FINAL == set(S)
+    assert set(S) == ACTIVE | FINAL
     assert not ACTIVE & FINAL
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from typing import Annotated, Any
 from uuid import UUID
 
 from fastapi import APIRouter, Depends, Header
+from sqlalchemy import RowMapping
 from starlette.responses import Response, StreamingResponse
 
 from laneway.api.gate import GatedRoute, access
@@ -95,13 +96,13 @@ async def _frames(runtime: Runtime, caller: Caller, job_id: str, seen: int) -> A
             await watch.changed(PING_SECONDS)
 
 
-def _news(job: Mapping[str, Any]) -> dict[str, Any]:
+def _news(job: dict[str, Any]) -> dict[str, Any]:
     """Where the job is."""
     names = ("id", "job_type", "status", "attempt", "progress", "progress_message", "progress_details")
     return {name: job[name] for name in names}
 
 
-def _news_of(event: Mapping[str, Any], now: Following) -> dict[str, Any]:
+def _news_of(event: RowMapping, now: Following) -> dict[str, Any]:
     """What an event tells. The job's end has its result; an end that a retry undid has its error only."""
     moment = stamp(event["at"])
     news = _news(now.job) | {"status": event["status"], "attempt": event["attempt"], "at": moment}

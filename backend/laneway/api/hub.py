@@ -48,10 +48,9 @@ class Hub:
         self._task = asyncio.create_task(self._listen())
 
     async def close(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._task
+        while self._task is not None and not self._task.done():
+            self._task.cancel()  # again: one that comes while redis-py connects may be lost
+            await asyncio.wait([self._task], timeout=0.1)
         for watches in self._watches.values():
             for watch in watches:
                 watch.stir()

@@ -276,7 +276,7 @@ class CancelRequest(BaseModel):
 async def cancel_job(
     request: Request, job_id: UUID, caller: CallerDep, runtime: RuntimeDep, how: CancelRequest | None = None
 ) -> Response:
-    """Cancel a job: 200 when it is cancelled, 202 when it runs and was asked to stop, 409 when it has ended."""
+    """Cancel a job: 200 it is cancelled, 202 it runs and was asked to stop, 409 it has ended otherwise."""
     how = how or CancelRequest()
     answer = await in_thread(
         runtime.service.cancel,

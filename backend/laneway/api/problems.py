@@ -1,4 +1,4 @@
-"""Errors as answers: every failure is RFC 9457 `application/problem+json`, and only this module makes them."""
+"""Errors as answers: each is RFC 9457 `application/problem+json`, and only this module makes them."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def of_error(request_scope: Mapping[str, Any], error: LanewayError) -> Response:
 
 
 def _pointer(location: tuple[int | str, ...]) -> str:
-    """A validation error's place: a JSON Pointer (RFC 6901) into the body, "" for all of it, or `query/limit`."""
+    """A validation error's place: a JSON Pointer (RFC 6901) into the body, or the like of `query/limit`."""
     where, *rest = location
     path = "".join(f"/{str(part).replace('~', '~0').replace('/', '~1')}" for part in rest)
     return path if where == "body" else f"{where}{path}"

@@ -51,7 +51,7 @@ class WorkerView(BaseModel):
 
 
 class QueueHealth(BaseModel):
-    """`healthy` with at least one living worker for each queue with queued jobs; `reasons` says what is not."""
+    """`healthy`: there are living workers, for each lane with queued jobs; `reasons` says what is not."""
 
     status: str
     reasons: list[str]

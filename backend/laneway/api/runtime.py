@@ -114,7 +114,10 @@ ServiceDep = Annotated[JobService, Depends(get_service)]
 
 
 async def in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Run what blocks (SQL, Redis) off the event loop. Raises StorageUnavailable while the database is away."""
+    """Run what blocks (SQL, Redis) off the event loop.
+
+    Raises StorageUnavailable while the database is away.
+    """
     try:
         return await anyio.to_thread.run_sync(partial(function, *args, **kwargs))
     except _AWAY as error:

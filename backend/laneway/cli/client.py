@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any, Self
+from urllib.parse import quote
 
 from laneway.cli.environment import api_key, api_url, read_settings
 from laneway.errors import (
@@ -110,7 +111,7 @@ class Client:
                 if not last_event_id or failures > RECONNECTS:
                     raise
             else:
-                job = self.get(f"/jobs/{job_id}")  # the stream's time was over, or it has nothing new
+                job = self.get(job_path(job_id))  # the stream's time was over, or it has nothing new
                 if job["finished_at"]:
                     yield job
                     return
@@ -121,7 +122,7 @@ class Client:
         headers = {"Accept": "text/event-stream"} | (
             {"Last-Event-ID": last_event_id} if last_event_id else {}
         )
-        with self._http.stream("GET", f"/jobs/{job_id}/events", headers=headers) as response:
+        with self._http.stream("GET", f"{job_path(job_id)}/events", headers=headers) as response:
             if response.status_code >= 400:
                 response.read()
                 self._answer(response)
@@ -156,6 +157,11 @@ class Client:
                 f"{self.url} answers {response.status_code}, and not as Laneway does; check LANEWAY_URL"
             )
         raise _error(response.status_code, content, response.headers.get("Retry-After", ""))
+
+
+def job_path(job_id: str) -> str:
+    """Where the job is, whatever stands in the id."""
+    return f"/jobs/{quote(job_id, safe='')}"
 
 
 def _error(status: int, problem: dict[str, Any], retry_after: str) -> LanewayError:

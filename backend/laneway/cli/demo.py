@@ -22,7 +22,7 @@ import typer
 
 from laneway.cli.environment import api_key, read_settings
 from laneway.cli.exits import ExitCode
-from laneway.errors import RateLimited, Unavailable
+from laneway.errors import RateLimited
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -101,9 +101,9 @@ def _run(folder: Path, *, batches: int) -> list[str]:
                 total = _queue(api, receiver, running, batches=batches)
                 jobs = _watch(api, receiver.deliveries, running, total=total)
                 return _report(jobs, receiver, total=total)
-    except Unavailable as error:
+    except stack.StackFailed as error:
         last = log.read_text(errors="replace").splitlines()[-20:]
-        raise Unavailable("\n".join([f"{error}; the end of the log:", *last])) from None
+        raise stack.StackFailed("\n".join([f"{error}; the end of the log:", *last])) from None
 
 
 def plan(batches: int) -> Iterator[tuple[int, str]]:
@@ -179,16 +179,16 @@ class _Bars:
         for job_id in self._running.keys() - running.keys():
             self._progress.remove_task(self._running.pop(job_id))
         for job_id, job in running.items():
+            message = job["progress_message"] or ""
             if job_id not in self._running:
-                self._running[job_id] = self._progress.add_task("", total=100, status="", message="")
-            asked = job["parameters"]
-            self._progress.update(
-                self._running[job_id],
-                description=f"evaluation {asked['evaluation_id']}, student {asked['student_id']}",
-                completed=job["progress"],
-                status=job["priority"],
-                message=job["progress_message"] or "",
-            )
+                asked = job["parameters"]
+                self._running[job_id] = self._progress.add_task(
+                    f"evaluation {asked['evaluation_id']}, student {asked['student_id']}",
+                    total=100,
+                    status=job["priority"],
+                    message=message,
+                )
+            self._progress.update(self._running[job_id], completed=job["progress"], message=message)
         self._progress.update(
             self._whole,
             completed=sum(job["status"] == "completed" for job in jobs),

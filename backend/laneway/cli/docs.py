@@ -7,22 +7,22 @@ test compares the pages in `docs/reference` with what is made here.
 from __future__ import annotations
 
 import inspect
-import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from laneway.cli.docs_http import fields, http
+from laneway.cli.markdown import code, codes, docstring, table
+
 if TYPE_CHECKING:
-    from fastapi import FastAPI
     from pydantic.fields import FieldInfo
 
-    from laneway.settings import Settings
-
 FOLDER = Path("docs") / "reference"
+SIGNATURE_WIDTH = 100
 MADE = "<!-- Written by `make docs`: change the code, not this page. -->"
 
 
@@ -44,7 +44,7 @@ def pages() -> dict[str, str]:
         "errors.md": _errors,
         "limits.md": _limits,
         "job_types.md": _job_types,
-        "http.md": _http,
+        "http.md": http,
         "cli.md": _cli,
         "python.md": _python,
     }
@@ -141,13 +141,14 @@ def _states() -> Iterable[str]:
             for status in JobStatus
         ),
     )
-    yield "In `GET /api/v1/jobs`, `pending`, `processing` and `success` may stand for " + (
-        "`queued`, `running` and `completed`."
+    yield (
+        "In `GET /api/v1/jobs`, `pending`, `processing` and `success` may stand for `queued`, `running` and "
+        "`completed`."
     )
     yield "## Actions"
     yield (
-        "Only the worker that holds the job may do what is marked held: its write names the attempt and "
-        + ("the lease token.")
+        "Only the worker that holds the job may do what is marked held: its write names the attempt and the "
+        "lease token."
     )
     yield table(
         ("action", "from", "to", "held"),
@@ -177,8 +178,7 @@ def _states() -> Iterable[str]:
 
 def _member_comments(kind: type) -> dict[str, str]:
     """What stands behind each member of an enumeration in its source."""
-    found = re.findall(r"^ {4}(\w+) = [^#\n]+# (.+)$", inspect.getsource(kind), re.M)
-    return {name: text.replace("`", "`") for name, text in found}
+    return dict(re.findall(r"^ {4}(\w+) = [^#\n]+# (.+)$", inspect.getsource(kind), re.M))
 
 
 def _events() -> Iterable[str]:
@@ -234,22 +234,20 @@ def _errors() -> Iterable[str]:
 
     yield "# Errors"
     yield (
-        "Every error of the HTTP API is `application/problem+json` (RFC 9457) with `type`, `title`, `status`, "
-        "`detail`, `instance`, `code` and `request_id`; some have `facts`, and 422 has `errors` with a JSON "
-        "Pointer each. Programs look at `code`: it does not change. 429 and 503 have `Retry-After`."
+        "Every error of the HTTP API is `application/problem+json` (RFC 9457) with `type`, `title`, "
+        "`status`, `detail`, `instance`, `code` and `request_id`; some have `facts`, and 422 has `errors` "
+        "with a JSON Pointer each. Programs look at `code`: it does not change. 429 and 503 have "
+        "`Retry-After`."
     )
-    known = [kind for kind in vars(errors).values() if _is_error(kind, errors.LanewayError)]
-    rows = {kind.code: (str(kind.status), kind.title) for kind in known}
-    for status, code in problems._CODES.items():
-        rows.setdefault(code, (str(status), HTTPStatus(status).phrase))
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type)]
+    ours = [(kind.status, kind.code, kind.title) for kind in kinds if issubclass(kind, errors.LanewayError)]
+    of_http = [(status, name, HTTPStatus(status).phrase) for status, name in problems._CODES.items()]
+    known = {name for _, name, _ in ours}
+    rows = ours + [row for row in of_http if row[1] not in known]
     yield table(
         ("code", "status", "title"),
-        ((code(code), *rows[code]) for code in sorted(rows, key=lambda code: (rows[code][0], code))),
+        ((code(name), str(status), title) for status, name, title in sorted(rows)),
     )
-
-
-def _is_error(kind: object, root: type) -> bool:
-    return isinstance(kind, type) and issubclass(kind, root)
 
 
 _LIMITS: tuple[tuple[str, str, str], ...] = (
@@ -289,6 +287,7 @@ _LIMITS: tuple[tuple[str, str, str], ...] = (
 def _limits() -> Iterable[str]:
     from laneway.limits.anonymous import ANONYMOUS
     from laneway.limits.rules import parse_rules
+    from laneway.settings import Settings
 
     yield "# Limits"
     yield (
@@ -311,7 +310,7 @@ def _limits() -> Iterable[str]:
         "Each operation is charged to one rate class ([HTTP API](http.md)). A class holds in any window of "
         "its length, counted per caller; `LANEWAY_RATE_LIMITS` changes it. These are the defaults:"
     )
-    rules = parse_rules(_plain_settings().rate_limits)
+    rules = parse_rules(Settings.model_fields["rate_limits"].default)
     named = [(rate_class, rule) for rate_class, each in rules.items() for rule in each]
     rows = [
         (code(rate_class), str(rule.quota), f"{rule.window_seconds} s", str(rule.partition))
@@ -327,13 +326,6 @@ def _limits() -> Iterable[str]:
 
 def _number(value: float) -> str:
     return f"{value:,.0f}" if value < 1e12 else str(value)
-
-
-def _plain_settings() -> Settings:
-    """The defaults, whatever the environment says."""
-    from laneway.settings import Settings
-
-    return Settings.model_construct()
 
 
 # Job types
@@ -352,10 +344,10 @@ def _job_types() -> Iterable[str]:
         if known.function.__module__ not in SHIPPED:
             continue
         yield f"## {known.name}"
-        yield inspect.cleandoc(known.function.__doc__ or "")
-        others = [f"`{name}`: {getattr(known, name)}" for name in JobType.DEFAULTED if known.differs(name)]
+        yield docstring(known.function)
+        others = [f"`{name}` {getattr(known, name)}" for name in JobType.DEFAULTED if known.differs(name)]
         yield f"Defaults of its own: {', '.join(others)}." if others else ""
-        yield f"```json\n{json.dumps(known.schema, indent=2)}\n```"
+        yield fields(known.schema)
 
 
 # The command line
@@ -368,15 +360,13 @@ def _cli() -> Iterable[str]:
     yield "# Command line"
     yield (
         "`laneway --help` lists the commands, `laneway <command> --help` says what each takes. Results go to "
-        "standard output, the rest to standard error; off a terminal, and with `--json`, a result is one JSON "
-        "value a line."
+        "standard output, the rest to standard error; off a terminal, and with `--json`, a result is one "
+        "JSON value a line."
     )
+    meaning = _member_comments(ExitCode)
     yield table(
         ("exit code", "meaning"),
-        (
-            (str(code.value), code(code.name) + f" {_member_comments(ExitCode).get(code.name, '')}")
-            for code in ExitCode
-        ),
+        ((str(each.value), f"`{each.name}` {meaning.get(each.name, '')}".strip()) for each in ExitCode),
     )
     group = typer.main.get_command(build())
     yield from _commands(group, "laneway")
@@ -391,7 +381,7 @@ def _commands(group: Any, path: str) -> Iterable[str]:
             continue
         context = command.make_context(f"{path} {name}", [], resilient_parsing=True)
         yield f"## {path} {name}"
-        yield inspect.cleandoc(command.help or "")
+        yield inspect.cleandoc(command.help)
         yield f"```text\n{' '.join(command.get_usage(context).split()).removeprefix('Usage: ')}\n```"
         records = [each.get_help_record(context) for each in command.params]
         if records := [record for record in records if record]:
@@ -419,38 +409,42 @@ def _python_name(name: str, value: Any) -> Iterable[str]:
     from enum import Enum
 
     if isinstance(value, type) and issubclass(value, Enum):
-        yield inspect.cleandoc(value.__doc__ or "")
+        yield docstring(value)
         yield "One of " + codes(f"{name}.{member.name}" for member in value) + "."
         return
     if inspect.isfunction(value):
         yield _signature(name, value)
-        yield inspect.cleandoc(value.__doc__ or "")
+        yield docstring(value)
         return
     if issubclass(value, BaseException) and "__init__" in vars(value):
         yield _signature(name, value.__init__)
-    yield inspect.cleandoc(value.__doc__ or "")
+    yield docstring(value)
     for attribute, member in vars(value).items():
         if attribute.startswith("_") or not (function := getattr(member, "fget", member)).__doc__:
             continue
         yield f"### {name}.{attribute}"
-        yield _signature(f"{name}.{attribute}", function, call=not isinstance(member, property))
-        yield inspect.cleandoc(function.__doc__)
+        if function is member:
+            yield _signature(f"{name}.{attribute}", function)
+        yield docstring(function)
 
 
-def _signature(name: str, function: Callable[..., Any], *, call: bool = True) -> str:
+def _signature(name: str, function: Callable[..., Any]) -> str:
     signature = inspect.signature(function)
-    parameters = [each for each in signature.parameters.values() if each.name != "self"]
-    shown = [_parameter(each) for each in parameters]
-    keyword = next((i for i, each in enumerate(parameters) if each.kind is each.KEYWORD_ONLY), None)
-    if keyword is not None and not any(each.kind is each.VAR_POSITIONAL for each in parameters):
-        shown.insert(keyword, "*")
-    returned = signature.return_annotation
-    arrow = f" -> {returned}" if isinstance(returned, str) and function.__name__ != "__init__" else ""
-    return f"```python\n{name}" + (f"({', '.join(shown)})" if call else "") + f"{arrow}\n```"
+    shown: list[str] = []
+    for each in signature.parameters.values():
+        if each.kind is each.KEYWORD_ONLY and "*" not in shown:
+            shown.append("*")
+        if each.name != "self":
+            shown.append(_parameter(each))
+    arrow = f" -> {signature.return_annotation}" if function.__name__ != "__init__" else ""
+    text = f"{name}({', '.join(shown)}){arrow}"
+    if len(text) > SIGNATURE_WIDTH:
+        text = f"{name}(\n    " + ",\n    ".join(shown) + f",\n){arrow}"
+    return f"```python\n{text}\n```"
 
 
 def _parameter(parameter: inspect.Parameter) -> str:
-    stars = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
+    stars = {"VAR_POSITIONAL": "*", "VAR_KEYWORD": "**"}.get(parameter.kind.name, "")
     text = f"{stars}{parameter.name}: {parameter.annotation}"
     return text if parameter.default is parameter.empty else f"{text} = {parameter.default!r}"
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from laneway.cli import show
-from laneway.cli.client import Client, Job
+from laneway.cli.client import Client, Job, job_path
 from laneway.cli.exits import ExitCode, exit_code_of_end
 
 AsJson = Annotated[bool, typer.Option("--json", help="JSON lines, also on a terminal.")]
@@ -81,7 +81,7 @@ def _no_constant(name: str) -> NoReturn:
 def get(job_id: JobId, as_json: AsJson = False) -> None:
     """Print a job as JSON."""
     with Client.from_environment() as client:
-        show.result(client.get(f"/jobs/{job_id}"), as_json=as_json)
+        show.result(client.get(job_path(job_id)), as_json=as_json)
 
 
 def watch(job_id: JobId, as_json: AsJson = False) -> None:
@@ -97,7 +97,7 @@ def cancel(
 ) -> None:
     """Cancel a job. One that runs is asked to stop, and killed if it does not within the grace."""
     with Client.from_environment() as client:
-        job = client.post(f"/jobs/{job_id}/cancel", {"terminate": terminate})
+        job = client.post(f"{job_path(job_id)}/cancel", {"terminate": terminate})
     if show.for_eyes(as_json=as_json):
         print("asked to stop" if job["cancelling"] else job["status"])
     else:

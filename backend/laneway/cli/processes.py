@@ -18,7 +18,7 @@ from laneway.cli.store import migrated_store, need_migrated, secret_box
 from laneway.errors import LanewayError
 
 OPEN_CONNECTIONS_SECONDS = 5  # what a stopping API leaves to requests and streams under way
-COURIER_STOP_SECONDS = 80.0  # past its own limit: the longest webhook timeout and a margin
+COURIER_MARGIN_SECONDS = 10.0  # past the webhook that a stopping courier still waits for
 RESTART_SECONDS, LONGEST_RESTART_SECONDS = 1.0, 30.0
 
 
@@ -109,7 +109,8 @@ def worker(
         raise LanewayError(str(error)) from None
     with ExitStack() as children:
         if courier:
-            children.enter_context(CourierChild())
+            stop_seconds = settings.webhook_timeout_seconds + COURIER_MARGIN_SECONDS
+            children.enter_context(CourierChild(stop_seconds=stop_seconds))
         status = pool.run()
     raise typer.Exit(status)
 
@@ -167,7 +168,8 @@ class CourierChild:
     that started it (prctl(2), PR_SET_PDEATHSIG), which lives until `__exit__`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, stop_seconds: float) -> None:
+        self._stop_seconds = stop_seconds
         self._stopping = threading.Event()
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
@@ -182,7 +184,7 @@ class CourierChild:
             self._stopping.set()
             if self._process is not None:
                 self._process.terminate()
-        self._thread.join(COURIER_STOP_SECONDS)
+        self._thread.join(self._stop_seconds)
         if self._process is not None and self._thread.is_alive():
             self._process.kill()
             self._thread.join()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
 
-from laneway.errors import Unauthenticated
+from laneway.errors import WebhookNotVerified
 from laneway.webhooks.signing import ID_HEADER, verify_webhook
 
 MAX_BODY_BYTES = 1024 * 1024
@@ -28,7 +28,7 @@ def reference_verifier(secret: str) -> Verify | None:
         try:
             return webhook.verify(body, headers)
         except WebhookVerificationError as error:
-            raise Unauthenticated(f"standardwebhooks: {error}") from None
+            raise WebhookNotVerified(f"standardwebhooks: {error}") from None
 
     return verify
 
@@ -51,7 +51,7 @@ class Deliveries:
             self.received += 1
             try:
                 payloads = [verify(body, headers) for verify in self.verifiers]
-            except (Unauthenticated, ValueError) as error:
+            except (WebhookNotVerified, ValueError) as error:
                 self.refused.append(str(error))
                 return False
             if headers[ID_HEADER] in self._ids:

@@ -20,9 +20,9 @@ from typing import IO
 from laneway.cli import migrate
 from laneway.cli.embedded import EmbeddedRedis, die_with_parent
 from laneway.cli.environment import api_url, listen
-from laneway.cli.processes import COURIER_STOP_SECONDS, OPEN_CONNECTIONS_SECONDS, StopSignals
+from laneway.cli.processes import COURIER_MARGIN_SECONDS, StopSignals
 from laneway.cli.store import migrated_store, reaching_store, secret_box
-from laneway.errors import Unavailable
+from laneway.errors import LanewayError
 from laneway.settings import PREFIX, Settings
 
 READY_SECONDS = 60.0
@@ -34,6 +34,12 @@ LOOPBACK_WEBHOOKS = {
     "LANEWAY_WEBHOOK_ALLOWED_CIDRS": "127.0.0.0/8,::1/128",
 }
 """Lets a receiver on this machine be called, which a service for others must not do."""
+
+
+class StackFailed(LanewayError):
+    """Something of the stack ended by itself, or did not come up; the rest was stopped."""
+
+    code, title = "stack_failed", "The stack failed"
 
 
 @dataclass
@@ -62,11 +68,11 @@ class Stack:
     def run_until(
         self, done: Callable[[], bool], *, seconds: float | None = None, look_seconds: float = LOOK_SECONDS
     ) -> bool:
-        """True once `done()`; False when a signal came or `seconds` are over. A death raises Unavailable."""
+        """True once `done()`; False when a signal came or `seconds` are over. A death raises StackFailed."""
         deadline = None if seconds is None else time.monotonic() + seconds
         while not done():
             if (death := self.death()) is not None:
-                raise Unavailable(f"{death}; everything is stopped")
+                raise StackFailed(f"{death}; everything is stopped")
             if self.stop.event.wait(look_seconds) or (deadline is not None and time.monotonic() > deadline):
                 return False
         return True
@@ -99,7 +105,7 @@ def running(
 
     `environ` is the members' environment but for what is decided here: port, stores, folder. A store that
     the settings name is used; else there is a SQLite file and a Redis in the data folder. `output` takes
-    the members' logs. Raises Conflict when the port or the folder is taken, Unavailable when a member dies.
+    the members' logs. Raises Conflict when the port or the folder is taken, StackFailed when a member dies.
     """
     with ExitStack() as cleanup:
         stop = cleanup.enter_context(StopSignals())
@@ -118,9 +124,9 @@ def running(
         with migrated_store(settings) as database:
             key_file = ensure_admin_key(database, secret_box(settings), settings.data_dir)
 
-        # The longest of: a worker's drain and then its courier's, an API's open streams.
-        longest = settings.drain_seconds + COURIER_STOP_SECONDS + OPEN_CONNECTIONS_SECONDS
-        stack = Stack(settings, key_file, redis, stop, longest + STOP_MARGIN_SECONDS)
+        # What the slowest takes, which is a worker: its own drain, then its courier's.
+        slowest = settings.drain_seconds + settings.webhook_timeout_seconds + COURIER_MARGIN_SECONDS
+        stack = Stack(settings, key_file, redis, stop, slowest + STOP_MARGIN_SECONDS)
         cleanup.callback(stack.halt)
         own = {
             f"{PREFIX}{name.upper()}": str(getattr(settings, name))
@@ -140,7 +146,7 @@ def running(
         if stack.run_until(lambda: _ready(stack), seconds=READY_SECONDS):
             yield stack
         elif not stop.count:
-            raise Unavailable(f"the API was not ready after {READY_SECONDS:g} s")
+            raise StackFailed(f"the API was not ready after {READY_SECONDS:g} s")
         else:
             raise KeyboardInterrupt
 

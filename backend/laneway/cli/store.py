@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from laneway.settings import Settings
     from laneway.webhooks.secrets import SecretBox
 
+STORES = ("sqlite", "postgresql")
+
 db = typer.Typer(help="The schema of the store.", no_args_is_help=True)
 keys = typer.Typer(help="API keys.", no_args_is_help=True)
 webhooks = typer.Typer(help="What receivers of webhooks need.", no_args_is_help=True)
@@ -35,12 +37,13 @@ def reaching_store(settings: Settings) -> Iterator[None]:
 
     try:
         url = sa.make_url(settings.database)
-        url.get_dialect()
-    except (sa.exc.ArgumentError, sa.exc.NoSuchModuleError, ValueError):
-        raise Unprocessable("LANEWAY_DATABASE_URL is no `postgresql://…` or `sqlite:///…` URL") from None
+    except (sa.exc.ArgumentError, ValueError):
+        url = sa.URL.create("no URL")
+    if url.get_backend_name() not in STORES:
+        raise Unprocessable("LANEWAY_DATABASE_URL is no `postgresql://…` or `sqlite:///…` URL")
     try:
         yield
-    except (sa.exc.DBAPIError, sa.exc.TimeoutError) as error:
+    except (sa.exc.DBAPIError, sa.exc.TimeoutError, OSError) as error:
         reason = str(getattr(error, "orig", error)).strip().partition("\n")[0]
         raise StorageUnavailable(
             f"the database {url.render_as_string(hide_password=True)} cannot be used ({reason}); "

@@ -13,9 +13,9 @@ from dataclasses import MISSING, dataclass, fields
 from functools import cached_property
 from importlib import import_module
 from importlib.metadata import entry_points
-from typing import Any, ClassVar, TypeVar, get_type_hints
+from typing import Annotated, Any, ClassVar, TypeVar, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from laneway.domain.spec import DEFAULT_QUEUE, JOB_TYPE_PATTERN, Priority
 from laneway.errors import FieldError, InvalidParameters, JobTypeNotFound
@@ -67,7 +67,10 @@ class JobType:
 
     @cached_property
     def model(self) -> type[BaseModel]:
-        """The function's parameters as a pydantic model: its JSON Schema, and its check of a call."""
+        """The function's parameters as a pydantic model: its JSON Schema, and its check of a call.
+
+        Its fields have the parameters' names as aliases only: `json` or `_x` would be the model's own.
+        """
         signature = inspect.signature(self.function)
         hints = get_type_hints(self.function, include_extras=True)
         wanted: dict[str, Any] = {}
@@ -79,7 +82,7 @@ class JobType:
                 extra = "allow"
                 continue
             default = ... if parameter.default is parameter.empty else parameter.default
-            wanted[name] = (hints.get(name, Any), default)
+            wanted[f"p_{name}"] = (Annotated[hints.get(name, Any), Field(alias=name)], default)
         config = ConfigDict(extra=extra, arbitrary_types_allowed=True, protected_namespaces=())
         return create_model(f"{self.name} parameters", __config__=config, **wanted)
 
@@ -101,7 +104,8 @@ class JobType:
             bound = self.model.model_validate_json(parameters)
         except ValidationError as error:
             raise _invalid(self.name, error) from None
-        return {name: getattr(bound, name) for name in self.model.model_fields} | (bound.model_extra or {})
+        named = {field.alias or "": getattr(bound, name) for name, field in self.model.model_fields.items()}
+        return named | (bound.model_extra or {})
 
 
 _OWN_DEFAULTS = {field.name: field.default for field in fields(JobType) if field.default is not MISSING}
@@ -132,9 +136,16 @@ class Registry:
         return tuple(sorted(self._types))
 
     def add(self, job_type: JobType) -> None:
-        """Register a type. Raises ValueError for a bad name, or one that another function has."""
+        """Register a type.
+
+        Raises ValueError for a bad name, for one that another function has, and for a function that cannot
+        be called with keywords alone.
+        """
         if not re.fullmatch(JOB_TYPE_PATTERN, job_type.name) or len(job_type.name) > 100:
             raise ValueError(f"{job_type.name!r} is not a job type name like 'reports.render'")
+        for name, parameter in inspect.signature(job_type.function).parameters.items():
+            if parameter.kind is parameter.POSITIONAL_ONLY:
+                raise ValueError(f"job type {job_type.name!r}: {name!r} cannot be passed by name")
         known = self._types.get(job_type.name)
         if known is not None and _origin(known.function) != _origin(job_type.function):
             raise ValueError(

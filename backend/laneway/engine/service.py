@@ -5,7 +5,7 @@ Redis is told after the commit and may be away: the reconciler rings again.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -62,7 +62,7 @@ class Following:
     `ended`: the job has ended, and these are its last events.
     """
 
-    events: Sequence[Mapping[str, Any]]
+    events: Sequence[sa.RowMapping]
     job: dict[str, Any]
     ended: bool
 
@@ -158,14 +158,6 @@ class JobService:
         return fields
 
     def _target(self, url: str) -> str:
-        try:
-            return check_url(url, self._webhook_policy).url
-        except WebhookUrlRefused as refused:
-            refused.errors = (FieldError("/webhook_url", str(refused), refused.code),)
-            raise
-
-    def _webhook_target(self, url: str) -> str:
-        """The canonical spelling of an allowed target."""
         try:
             return check_url(url, self._webhook_policy).url
         except WebhookUrlRefused as refused:
@@ -428,7 +420,7 @@ def _wish(
             cancel_requested_at=sa.func.coalesce(
                 jobs.c.cancel_requested_at, sa.literal(now, jobs.c.updated_at.type)
             ),
-            cancel_terminate=sa.or_(jobs.c.cancel_terminate, terminate),
+            cancel_terminate=sa.or_(jobs.c.cancel_terminate, sa.literal(terminate)),
             cancel_grace_seconds=grace,
             cancel_reason=reason,
             cancelled_by=caller.subject,

@@ -194,7 +194,7 @@ class Retry(Move):
         "queued_at = :now, finished_at = NULL, result = NULL, error = NULL, dead_letter_reason = NULL,"
         " retry_count = 0, crash_count = 0, progress = 0, progress_message = NULL, progress_details = NULL,"
         " cancel_requested_at = NULL, cancel_terminate = false, cancel_grace_seconds = NULL,"
-        " cancelled_by = NULL, cancel_reason = NULL, expires_at = NULL"
+        " cancelled_by = NULL, cancel_reason = NULL, expires_at = NULL, webhook_delivered = false"
     )
 
 

@@ -20,7 +20,7 @@ log = get_logger("beats")
 class Beats:
     """Beats every `beat_seconds`, and at once when told to; hands on the wishes it reads.
 
-    `lost` is set once the lease can no longer be trusted: the database says that this worker is dead, or
+    `lost` is called once the lease can no longer be trusted: the database says that this worker is dead, or
     no beat went through for the lease less two beats. Whoever runs jobs must then stop them.
     """
 
@@ -35,12 +35,14 @@ class Beats:
         lost: Callable[[], None],
     ) -> None:
         self._database = Database(settings.database, pool_size=1)
-        self._settings = settings
+        self._every = settings.beat_seconds
+        self._patience = settings.lease_seconds - 2 * settings.beat_seconds
         self._worker_id = worker_id
         self._held = held
         self._clock = clock
         self._wished = wished
         self._lost = lost
+        self._last = clock.monotonic()
         self._wake = threading.Event()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="beats", daemon=True)
@@ -58,23 +60,26 @@ class Beats:
         self._thread.join()
         self._database.dispose()
 
+    @property
+    def overdue(self) -> bool:
+        """Whether the lease may be gone: this process was stopped, or the database is away."""
+        return self._clock.monotonic() - self._last > self._patience
+
     def _run(self) -> None:
-        last = self._clock.monotonic()
-        patience = self._settings.lease_seconds - 2 * self._settings.beat_seconds
         while not self._stopping.is_set():
             try:
                 wishes = leases.beat(self._database, worker_id=self._worker_id, held=self._held())
             except (sa.exc.DBAPIError, sa.exc.TimeoutError) as error:
                 log.warning("beat_failed", worker_id=self._worker_id, error=type(error).__name__)
-                if self._clock.monotonic() - last > patience:
+                if self.overdue:
                     self._lost()
                     return
             else:
-                last = self._clock.monotonic()
                 if wishes is None:
                     self._lost()
                     return
+                self._last = self._clock.monotonic()
                 if wishes:
                     self._wished(wishes)
-            self._wake.wait(self._settings.beat_seconds)
+            self._wake.wait(self._every)
             self._wake.clear()

@@ -17,54 +17,64 @@ import gc
 import os
 import signal
 import socket
+import sys
+import threading
 import time
+import traceback
+from collections import deque
 from dataclasses import astuple
 from typing import Any
 
 from laneway.engine.context import Progress
-from laneway.engine.endings import Raised
+from laneway.engine.endings import Ending, Raised
 from laneway.engine.registry import Registry
+from laneway.worker.alarm import Alarm
 from laneway.worker.running import Runner
 from laneway.worker.wire import Frames, pack
 
 HAND_BACK_SECONDS = 0.02
+HAND_BACK_AGAIN_SECONDS = 0.002
 REPORT_SECONDS = 0.05
+BROKEN = 70  # EX_SOFTWARE of sysexits.h
 
 
 class Child:
-    """The child's side of the socket, and the `Line` of the job that runs."""
+    """The child's side of the socket.
+
+    A handler may report from threads, also from some that outlive it. So `wire` is held while a frame is
+    written or a wish is read, and a line that is not the `current` one says no more.
+    """
 
     def __init__(self, stream: socket.socket, registry: Registry) -> None:
         self._stream = stream
-        self._frames = Frames(stream)
         self._registry = registry
-        self._runner = Runner()
-        self._sending = False
-        self._job_id = ""
-        self._cancelled = False
-        self._round: list[list[Any]] = []
-        self._reported_at = 0.0
-        self._unsent: Progress | None = None
+        self._round: deque[list[Any]] = deque()
+        self.frames = Frames(stream)
+        self.wire = threading.Lock()
+        self.alarm = Alarm(put_off=self.wire.locked)
+        self._runner = Runner(self.alarm)
+        self.current: JobLine | None = None
 
     def serve(self) -> None:
         """Run rounds until the pool closes the socket."""
-        while not self._frames.ended:
-            for message in self._frames.read():
-                self._round += message.get("run", ())
+        while not self.frames.ended:
+            for message in self.frames.read():
+                self._round.extend(message.get("run", ()))
             if len(self._round) > 1:
-                self._runner.alarm.nudge(self._hand_back, after=HAND_BACK_SECONDS)
+                self.alarm.set("share", self._hand_back, seconds=HAND_BACK_SECONDS)
             while self._round:
-                self._run(self._round.pop(0))
-            self._runner.alarm.nudge(None, after=0)
-            self._runner.alarm.clear()
+                self._run(self._round.popleft())
+            self.alarm.clear("share")
+            sys.stdout.flush()  # a child may be killed any time from here on
 
     def _run(self, job: list[Any]) -> None:
         job_id, attempt, name, parameters, timeout_seconds = job
-        self._job_id, self._cancelled, self._unsent = job_id, False, None
+        line = self.current = JobLine(self, job_id)
         started = time.perf_counter()
         job_type = self._registry.get(name)
+        ending: Ending
         if job_type is None:
-            ending: Any = Raised("UnknownJobType", f"this worker does not know {name!r}")
+            ending = Raised("UnknownJobType", f"this worker does not know {name!r}")
         else:
             ending = self._runner.run(
                 job_type,
@@ -72,53 +82,70 @@ class Child:
                 attempt=attempt,
                 parameters=parameters,
                 timeout_seconds=timeout_seconds,
-                line=self,
+                line=line,
             )
-        if self._unsent is not None:
-            self._send_progress(self._unsent)
+        line.flush()
         run_ms = (time.perf_counter() - started) * 1000
-        self._send(["end", job_id, type(ending).__name__, *astuple(ending), run_ms])
-        self._job_id = ""
+        end = pack(["end", job_id, type(ending).__name__, *astuple(ending), run_ms])
+        with self.wire:
+            self.current = None
+            self._stream.sendall(end)
 
-    def _send(self, message: list[Any]) -> None:
-        self._sending = True
-        try:
-            self._stream.sendall(pack(message))
-        finally:
-            self._sending = False
+    def send(self, message: list[Any]) -> None:
+        frame = pack(message)
+        with self.wire:
+            self._stream.sendall(frame)
 
-    def _hand_back(self) -> bool:
-        """Called by the alarm when a job of a round takes long: let others run the rest."""
-        if self._sending:
-            return False
-        if self._round and self._job_id:
-            rest, self._round = [job[0] for job in self._round], []
-            self._send(["back", rest])
-        return True
+    def _hand_back(self) -> None:
+        """Called by the alarm when a round takes long: let others run what has not started."""
+        if self.current is None:  # between two jobs: the next one may be off the round already
+            self.alarm.set("share", self._hand_back, seconds=HAND_BACK_AGAIN_SECONDS)
+        elif self._round:
+            rest = [job[0] for job in self._round]
+            self._round.clear()
+            self.send(["back", rest])
 
-    # The line of the running job
+
+class JobLine:
+    """The `Line` of one job."""
+
+    def __init__(self, child: Child, job_id: str) -> None:
+        self._child = child
+        self._job_id = job_id
+        self._cancelled = False
+        self._reported_at = 0.0
+        self._held_back: Progress | None = None
 
     def report(self, progress: Progress) -> None:
-        now = time.monotonic()
-        if now - self._reported_at < REPORT_SECONDS and progress.percent < 100:
-            self._unsent = progress
+        """Send it; what comes within REPORT_SECONDS of the last waits, and of those the newest is sent."""
+        if self._child.current is not self:
             return
-        self._reported_at = now
-        self._unsent = None
-        self._send_progress(progress)
+        wait = self._reported_at + REPORT_SECONDS - time.monotonic()
+        if wait > 0 and progress.percent < 100:
+            self._held_back = progress
+            self._child.alarm.set("report", self.flush, seconds=wait)
+        else:
+            self._held_back = None
+            self._send(progress)
 
-    def _send_progress(self, progress: Progress) -> None:
-        self._send(["progress", self._job_id, progress.percent, progress.message, progress.details])
+    def flush(self) -> None:
+        """Send what was held back."""
+        progress, self._held_back = self._held_back, None
+        if progress is not None:
+            self._send(progress)
+
+    def _send(self, progress: Progress) -> None:
+        self._reported_at = time.monotonic()
+        self._child.send(["progress", self._job_id, progress.percent, progress.message, progress.details])
 
     def cancelled(self) -> bool:
+        """Whether the pool asked this job to stop, or it is over."""
         if not self._cancelled:
-            self._stream.setblocking(False)
-            try:
-                for message in self._frames.read():
+            with self._child.wire:
+                if self._child.current is not self:
+                    return True
+                for message in self._child.frames.read(wait=False):
                     self._cancelled |= message.get("cancel") == self._job_id
-                    self._round += message.get("run", ())
-            finally:
-                self._stream.setblocking(True)
         return self._cancelled
 
 
@@ -128,15 +155,14 @@ def live(stream: socket.socket, registry: Registry) -> None:
     try:
         os.setpgid(0, 0)  # a kill takes what the handler started with it
         for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(
-                name, lambda *_: None
-            )  # the pool decides; unlike SIG_IGN this is not inherited by exec
+            # The pool decides when to stop. Unlike SIG_IGN a function is not inherited by exec.
+            signal.signal(name, lambda *_: None)
         gc.enable()
         Child(stream, registry).serve()
     except (BrokenPipeError, ConnectionResetError):
         pass  # the pool has gone
     except BaseException:
-        status = 70
-        raise
+        traceback.print_exc()
+        status = BROKEN
     finally:
         os._exit(status)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from enum import Enum, auto
 from typing import Any
 
 from laneway.engine.outcomes import Claimed
@@ -18,13 +19,26 @@ from laneway.worker.nursery import MAX_MESSAGE
 from laneway.worker.wire import Frames, pack
 
 START_SECONDS = 60.0
+STOP_SECONDS = 2.0
+SEND_SECONDS = 2.0  # an idle child that does not read for so long will never do
 
 
 class NurseryFailed(RuntimeError):
     """The task modules could not be loaded, or the nursery died; the message says why."""
 
 
-@dataclass
+class Doom(Enum):
+    """Why the pool ended a child."""
+
+    TIMEOUT = auto()
+    CANCEL = auto()
+    DRAIN = auto()
+    LOST = auto()  # the lease
+    STUCK = auto()
+    RECYCLED = auto()
+
+
+@dataclass(eq=False)
 class ChildProcess:
     """One child. `jobs` is its round in order: the first is the one that runs."""
 
@@ -34,12 +48,13 @@ class ChildProcess:
     jobs: dict[str, Claimed] = field(default_factory=dict)
     since: float = 0.0  # monotonic: when the first of `jobs` started, at the latest
     served: int = 0
-    doomed: str = ""  # why the pool killed it: "timeout", "cancel", "drain", "lost"
+    doom: Doom | None = None
+    doomed_job: str = ""  # the job that ran when it was killed
     cancel_at: float | None = None  # monotonic: when the grace of a cancel is over
 
     @property
     def idle(self) -> bool:
-        return not self.jobs and not self.doomed
+        return not self.jobs and self.doom is None
 
     @property
     def current(self) -> Claimed | None:
@@ -59,16 +74,20 @@ class ChildProcess:
 
     def _write(self, message: Any) -> None:
         try:
-            self.stream.setblocking(True)
+            self.stream.settimeout(SEND_SECONDS)
             self.stream.sendall(pack(message))
+        except TimeoutError:
+            self.kill(Doom.STUCK)
         except OSError:
             pass  # it is dead; its exit is on the way
         finally:
             self.stream.setblocking(False)
 
-    def kill(self, why: str) -> None:
+    def kill(self, why: Doom) -> None:
         """SIGKILL for the child and all it started."""
-        self.doomed = self.doomed or why
+        if self.doom is None:
+            self.doom = why
+            self.doomed_job = self.current.job_id if self.current else ""
         for kill in (os.killpg, os.kill):
             try:
                 kill(self.pid, signal.SIGKILL)
@@ -78,7 +97,7 @@ class ChildProcess:
 
     def let_go(self) -> None:
         """Close the socket: an idle child leaves."""
-        self.doomed = self.doomed or "recycled"
+        self.doom = self.doom or Doom.RECYCLED
         self.stream.close()
 
 
@@ -102,16 +121,31 @@ class Nursery:
     def wait_until_ready(self) -> tuple[str, ...]:
         """The job types it loaded. Raises NurseryFailed with the traceback of a broken task module."""
         ready, _, _ = select.select([self.control], [], [], START_SECONDS)
-        message = self.read() if ready else None
+        reason = "it did not start"
+        try:
+            message = self.read() if ready else None
+        except NurseryFailed as error:
+            message, reason = None, str(error)
         if message and "ready" in message:
             self.control.setblocking(False)
             return tuple(message["ready"])
-        reason = message["failed"] if message else "it did not start"
         self.stop()
+        if message:
+            reason = message["failed"]
         raise NurseryFailed(f"the job types could not be loaded (LANEWAY_TASKS):\n{reason}")
 
-    def ask_for_child(self) -> None:
-        self.control.send(b'"spawn"')
+    def ask_for_child(self) -> bool:
+        """Whether the wish for one more child was heard; it may have too many of them to hear at once.
+
+        Raises NurseryFailed when the nursery has died.
+        """
+        try:
+            self.control.send(b'"spawn"')
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            raise NurseryFailed("the nursery process died") from error
+        return True
 
     def read(self) -> dict[str, Any] | None:
         """The next message, a new child as `{"child": ChildProcess}`; None when there is none.
@@ -134,7 +168,10 @@ class Nursery:
         return message
 
     def stop(self) -> None:
-        """Kill it; the kernel kills its children."""
+        """End it; it kills its children first, and the kernel does if it cannot."""
         self.control.close()
-        self.process.kill()
-        self.process.wait()
+        try:
+            self.process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()

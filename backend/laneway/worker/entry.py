@@ -8,13 +8,15 @@ job follows from how this function ends; Laneway's does not depend on it.
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import socket
 import threading
-import time
 from random import Random
 from typing import Any
+
+import sqlalchemy as sa
 
 from laneway.clock import SystemClock, new_id
 from laneway.db import Database
@@ -33,7 +35,6 @@ from laneway.worker.beats import Beats
 from laneway.worker.running import Runner
 
 SAVE_PROGRESS_SECONDS = 1.0
-LEASE_LOST = 75  # EX_TEMPFAIL of sysexits.h
 
 log = get_logger("worker")
 
@@ -43,7 +44,7 @@ class JobFailed(Exception):
 
 
 def run(job_id: str) -> Any:
-    """Claim the job, run its handler, settle. Returns the handler's result, None if there was nothing to run."""
+    """Claim the job, run its handler, settle. Returns the handler's result, None when nothing was to run."""
     settings = get_settings()
     configure(json_lines=None if settings.log_format == "auto" else settings.log_format == "json")
     run = _Run(settings)
@@ -62,10 +63,10 @@ class _Run:
         self._database = Database(settings.database, pool_size=2)
         self._news = RedisNews(settings.redis_url, courier_channel=WAKE_CHANNEL)
         self._worker_id = new_id()
-        self._asked_to_stop = threading.Event()
         self._finished = threading.Event()
+        self._stir = threading.Event()  # for the watch: it is finished, or somebody wants it to stop
+        self._cancel_at: float | None = None  # monotonic: when the grace of a cancel is over
         self._settling = threading.Lock()
-        self._saved_at = 0.0
         self._unsaved: Progress | None = None
         self._job: Claimed | None = None
 
@@ -82,7 +83,7 @@ class _Run:
             held=lambda: [token],
             clock=self._clock,
             wished=self._hear_wishes,
-            lost=lambda: os._exit(LEASE_LOST),
+            lost=_end_process,
         )
         job = self._claim(job_id, token)
         if job is None:
@@ -91,7 +92,7 @@ class _Run:
         self._job = job
         beats.start()
         try:
-            threading.Thread(target=self._enforce_timeout, daemon=True).start()
+            threading.Thread(target=self._watch, daemon=True).start()
             ending = Runner().run(
                 registry.need(job.job_type),
                 job_id=job.job_id,
@@ -101,6 +102,7 @@ class _Run:
                 line=self,
             )
             self._finished.set()
+            self._stir.set()
             self._settle(ending)
         finally:
             beats.stop()
@@ -138,44 +140,61 @@ class _Run:
         if any(settled.webhook for settled in done.settled):
             self._news.ring_courier()
 
-    # Watchdogs: threads that end the process when the handler does not end by itself
+    # The watch: a thread that ends the process when the handler does not end by itself
 
-    def _enforce_timeout(self) -> None:
-        if self._job is None:
+    def _watch(self) -> None:
+        """Write progress while the handler runs; kill it when it outstays its timeout or its cancel."""
+        if (job := self._job) is None:
             return
-        seconds = self._job.timeout_seconds
-        if not self._finished.wait(seconds + self._settings.timeout_grace_seconds):
-            self._end_process(TimedOut(seconds))
+        timeout_at = self._clock.monotonic() + job.timeout_seconds + self._settings.timeout_grace_seconds
+        while not self._finished.is_set():
+            now = self._clock.monotonic()
+            cancel_at = math.inf if self._cancel_at is None else self._cancel_at
+            if now >= cancel_at:
+                self._kill(Cancelled())
+            if now >= timeout_at:
+                self._kill(TimedOut(job.timeout_seconds))
+            self._save_progress(job)
+            self._stir.wait(max(0.0, min(SAVE_PROGRESS_SECONDS, timeout_at - now, cancel_at - now)))
+            self._stir.clear()
+
+    def _save_progress(self, job: Claimed) -> None:
+        news, self._unsaved = self._unsaved, None
+        if news is None:
+            return
+        try:
+            with self._database.write() as connection:
+                progress.save(connection, [(job, news)], now=self._clock.now())
+        except (sa.exc.DBAPIError, sa.exc.TimeoutError) as error:
+            log.warning("progress_not_saved", error=type(error).__name__)
+            return
+        self._news.changed([job.job_id])
 
     def _hear_wishes(self, wishes: list[Wish]) -> None:
-        if self._asked_to_stop.is_set():
-            return
-        self._asked_to_stop.set()
-        grace = wishes[0].grace_seconds
-        seconds = self._settings.cancel_grace_seconds if grace is None else grace
-        delay = 0.0 if wishes[0].terminate else seconds
-        threading.Thread(target=self._enforce_cancel, args=(delay,), daemon=True).start()
+        for wish in wishes:
+            default = self._settings.cancel_grace_seconds
+            grace = default if wish.grace_seconds is None else wish.grace_seconds
+            kill_at = self._clock.monotonic() + (0.0 if wish.terminate else grace)
+            self._cancel_at = kill_at if self._cancel_at is None else min(kill_at, self._cancel_at)
+        self._stir.set()
 
-    def _enforce_cancel(self, seconds: float) -> None:
-        if not self._finished.wait(seconds):
-            self._end_process(Cancelled())
-
-    def _end_process(self, ending: Ending) -> None:
+    def _kill(self, ending: Ending) -> None:
         self._settle(ending)
         leases.leave(self._database, worker_id=self._worker_id)
-        os.kill(os.getpid(), signal.SIGKILL)
+        _end_process()
 
     # The handler's line
 
     def report(self, progress_now: Progress) -> None:
         self._unsaved = progress_now
-        if self._job is None or time.monotonic() - self._saved_at < SAVE_PROGRESS_SECONDS:
-            return
-        self._saved_at = time.monotonic()
-        with self._database.write() as connection:
-            progress.save(connection, [(self._job, progress_now)], now=self._clock.now())
-        self._unsaved = None
-        self._news.changed([self._job.job_id])
 
     def cancelled(self) -> bool:
-        return self._asked_to_stop.is_set()
+        return self._cancel_at is not None
+
+
+def _end_process() -> None:
+    """Kill this work horse, and what the handler started: it leads a process group."""
+    me = os.getpid()
+    if os.getpgrp() == me:
+        os.killpg(me, signal.SIGKILL)
+    os.kill(me, signal.SIGKILL)

@@ -9,80 +9,27 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import signal
-import time
 import traceback
 from collections.abc import Callable, Coroutine
-from types import FrameType
 from typing import Any
 
 from laneway.domain.payload import to_json
 from laneway.engine.context import JobContext, Line, enter
 from laneway.engine.endings import Cancelled, Ending, Raised, Returned, TimedOut
 from laneway.engine.registry import JobType
-from laneway.errors import (
-    InvalidParameters,
-    JobCancelled,
-    JobTimeout,
-    LanewayError,
-    PermanentError,
-    Retry,
-    Snooze,
-)
+from laneway.errors import JobCancelled, JobTimeout, LanewayError, PermanentError, Retry, Snooze
+from laneway.worker.alarm import Alarm
 
-
-class Alarm:
-    """SIGALRM shared by two purposes: the job's timeout, and one earlier nudge.
-
-    `nudge` runs once, `after` seconds into the job, in the main thread between two bytecodes.
-    """
-
-    def __init__(self) -> None:
-        self._deadline = 0.0
-        self._nudge: Callable[[], bool] | None = None
-        self._expire: Callable[[], None] | None = None
-        signal.signal(signal.SIGALRM, self._ring)
-
-    def set(self, *, seconds: float, expire: Callable[[], None]) -> None:
-        """Call `expire` after `seconds`, and every second after that until cleared."""
-        self._deadline = time.monotonic() + seconds
-        self._expire = expire
-        if self._nudge is None:
-            signal.setitimer(signal.ITIMER_REAL, seconds)
-
-    def nudge(self, nudge: Callable[[], bool] | None, *, after: float) -> None:
-        """Call `nudge` after so many seconds, again a little later while it returns False."""
-        self._nudge = nudge
-        if nudge is not None:
-            signal.setitimer(signal.ITIMER_REAL, after)
-
-    def clear(self) -> None:
-        self._expire = None
-        if self._nudge is None:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-
-    def _ring(self, _signal: int, _frame: FrameType | None) -> None:
-        if self._nudge is not None:
-            if not self._nudge():
-                signal.setitimer(signal.ITIMER_REAL, 0.002)
-                return
-            self._nudge = None
-        if self._expire is None:
-            return
-        left = self._deadline - time.monotonic()
-        if left > 0:
-            signal.setitimer(signal.ITIMER_REAL, left)
-            return
-        signal.setitimer(signal.ITIMER_REAL, 1.0)
-        self._expire()
+NAG_SECONDS = 1.0  # between one soft timeout and the next, for a handler that swallowed it
 
 
 class Runner:
     """Runs handlers one after another. Keeps one event loop for those that are `async`."""
 
-    def __init__(self) -> None:
-        self.alarm = Alarm()
+    def __init__(self, alarm: Alarm | None = None) -> None:
+        self._alarm = alarm or Alarm()
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._task: asyncio.Task[Any] | None = None
 
     def run(
         self,
@@ -101,35 +48,34 @@ class Runner:
         def expire() -> None:
             nonlocal timed_out
             timed_out = True
-            if self._task is not None:
-                self._task.cancel()
-            else:
-                raise JobTimeout
+            self._alarm.set("timeout", expire, seconds=NAG_SECONDS)
+            self._interrupt()
 
-        self._task: asyncio.Task[Any] | None = None
         try:
             arguments = job_type.arguments(parameters)
             for name in job_type.injected:
                 arguments[name] = context if name == "job" else context.progress_callback
-            self.alarm.set(seconds=timeout_seconds, expire=expire)
+            self._alarm.set("timeout", expire, seconds=timeout_seconds)
             try:
                 if job_type.is_async:
                     result = self._run_coroutine(context, job_type.function(**arguments))
                 else:
                     result = contextvars.copy_context().run(_call, context, job_type.function, arguments)
             finally:
-                self.alarm.clear()
+                self._alarm.clear("timeout")
             return Returned(to_json(result, what="result") if result is not None else None)
         except JobCancelled:
             return Cancelled()
-        except JobTimeout as error:
-            return TimedOut(timeout_seconds, _trace(error))
-        except asyncio.CancelledError as error:
-            if timed_out:
-                return TimedOut(timeout_seconds, _trace(error))
-            return _raised(error)
         except BaseException as error:
-            return _raised(error)
+            return TimedOut(timeout_seconds, _trace(error)) if timed_out else _raised(error)
+        finally:
+            self._alarm.clear("timeout")  # again: the one above may be where the alarm struck
+
+    def _interrupt(self) -> None:
+        if self._task is None or self._loop is None:
+            raise JobTimeout
+        # A plain cancel() would be noticed when the loop next wakes, which may be never.
+        self._loop.call_soon_threadsafe(self._task.cancel)
 
     def _run_coroutine(self, context: JobContext, coroutine: Coroutine[Any, Any, Any]) -> Any:
         if self._loop is None or self._loop.is_closed():
@@ -163,17 +109,24 @@ def _finish_stragglers(loop: asyncio.AbstractEventLoop) -> None:
 
 
 def _raised(error: BaseException) -> Ending:
-    name, text = type(error).__name__, str(error)
+    name, text = type(error).__name__, _words(error)
     match error:
         case Retry():
             return Raised(name, text, in_seconds=error.in_seconds)
         case Snooze():
             return Raised(name, text, in_seconds=error.in_seconds, charged=False)
-        case PermanentError() | InvalidParameters() | LanewayError():
+        case PermanentError() | LanewayError():
             return Raised(name, text, _trace(error), permanent=True)
         case SystemExit():
             return Raised(name, f"the handler called sys.exit({error.code!r})", _trace(error))
     return Raised(name, text, _trace(error))
+
+
+def _words(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception as why:
+        return f"(its message cannot be made: {type(why).__name__})"
 
 
 def _trace(error: BaseException) -> str:

@@ -24,19 +24,22 @@ class Frames:
         self._stream = stream
         self._buffer = bytearray()
         self.ended = False
+        self.dry = False
 
-    def read(self) -> list[Any]:
-        """Receive once and return the messages that are whole; sets `ended` when the peer has gone.
+    def read(self, *, wait: bool = True) -> list[Any]:
+        """Receive once and return the messages that are whole.
 
-        On a blocking socket this waits for something to arrive; on a non-blocking one it may return
-        nothing.
+        Sets `ended` when the peer has gone, and `dry` when nothing was there to receive: on a blocking
+        socket that happens only without `wait`.
         """
         try:
-            data = self._stream.recv(_CHUNK)
+            data = self._stream.recv(_CHUNK, 0 if wait else socket.MSG_DONTWAIT)
         except (BlockingIOError, InterruptedError):
+            self.dry = True
             return []
         except ConnectionResetError:
             data = b""
+        self.dry = False
         if not data:
             self.ended = True
             return []

@@ -1,0 +1,225 @@
+"""The pool's children as one: as many as wanted, heard, dealt to, stopped in time, and buried."""
+
+from __future__ import annotations
+
+import math
+import os
+import selectors
+import signal
+from collections.abc import Callable
+from typing import Any
+
+from laneway.clock import Clock
+from laneway.engine import endings
+from laneway.engine.context import Progress
+from laneway.engine.endings import Cancelled, Crashed, Ending, TimedOut, Unfinished
+from laneway.engine.leases import Wish
+from laneway.engine.outcomes import Claimed
+from laneway.log import get_logger
+from laneway.settings import Settings
+from laneway.worker.children import ChildProcess, Doom, Nursery
+from laneway.worker.dealing import Dealer
+from laneway.worker.ledger import Ledger
+
+log = get_logger("worker")
+
+_ENDINGS: dict[str, Callable[..., Ending]] = {
+    name: getattr(endings, name) for name in ("Returned", "Raised", "TimedOut", "Cancelled")
+}
+
+
+class Crew:
+    """Registers its sockets with `selector`, each with what to call when there is something to hear.
+
+    Endings go to the ledger, jobs that were not started to the dealer. Raises NurseryFailed from whatever
+    is called when no child can be started any more.
+    """
+
+    def __init__(
+        self,
+        nursery: Nursery,
+        selector: selectors.BaseSelector,
+        *,
+        wanted: int,
+        ledger: Ledger,
+        dealer: Dealer,
+        settings: Settings,
+        clock: Clock,
+    ) -> None:
+        self._nursery = nursery
+        self._selector = selector
+        self._wanted = wanted
+        self._ledger = ledger
+        self._dealer = dealer
+        self._settings = settings
+        self._clock = clock
+        self._children: dict[int, ChildProcess] = {}
+        self._expected = 0
+        selector.register(nursery.control, selectors.EVENT_READ, self._hear_nursery)
+
+    def idle(self) -> int:
+        """How many children could start a round now."""
+        return sum(child.idle for child in self._children.values())
+
+    def running(self, *, longer_than: float, now: float) -> list[Claimed]:
+        """The jobs that have run for so many seconds."""
+        running = (c.current for c in self._children.values() if now - c.since > longer_than)
+        return [job for job in running if job is not None]
+
+    def keep_up(self) -> None:
+        """Ask for the children that are missing."""
+        while self._expected < self._wanted and self._nursery.ask_for_child():
+            self._expected += 1
+
+    def deal(self, now: float) -> None:
+        """Give the jobs that wait to the children that are free."""
+        while self._dealer.hand_back_at is not None:
+            idle = [child for child in self._children.values() if child.idle]
+            if not idle:
+                return
+            for child, jobs in zip(idle, self._dealer.deal(len(idle)), strict=True):
+                if jobs:
+                    child.send(jobs, now=now)
+
+    # Hearing
+
+    def _hear_nursery(self) -> None:
+        while (message := self._nursery.read()) is not None:
+            if "child" in message:
+                self._welcome(message["child"])
+            elif message["exit"] in self._children:
+                self._bury(self._children[message["exit"]], message["status"])
+
+    def _welcome(self, child: ChildProcess) -> None:
+        self._children[child.pid] = child
+        self._selector.register(child.stream, selectors.EVENT_READ, lambda: self._hear(child))
+
+    def _hear(self, child: ChildProcess) -> None:
+        if self._children.get(child.pid) is not child:
+            return  # buried since the selector looked
+        for message in child.frames.read():
+            self._take_in(child, message)
+        if child.frames.ended:
+            self._selector.unregister(child.stream)
+        elif child.idle and child.served >= self._settings.recycle_jobs:
+            self._selector.unregister(child.stream)
+            child.let_go()
+
+    def _take_in(self, child: ChildProcess, message: list[Any]) -> None:
+        """Of a job that is not the child's any more (the lease was lost) nothing is heard."""
+        now = self._clock.monotonic()
+        match message:
+            case ["end", job_id, kind, *values, run_ms]:
+                child.since, child.cancel_at = now, None
+                if (job := child.jobs.pop(job_id, None)) is not None:
+                    self._dealer.learn(job.job_type, run_ms / 1000)
+                    self._ledger.end(job, _ENDINGS[kind](*values))
+            case ["progress", job_id, percent, text, details]:
+                if (job := child.jobs.get(job_id)) is not None:
+                    self._ledger.note(job, Progress(percent, text, details))
+            case ["back", job_ids]:
+                back = [child.jobs.pop(job_id) for job_id in job_ids if job_id in child.jobs]
+                if child.current is not None:
+                    self._dealer.learn(child.current.job_type, now - child.since)
+                self._dealer.put_back(back, now=now)
+
+    def _bury(self, child: ChildProcess, status: int) -> None:
+        """A child has exited: what it had said counts, then its current job bears the blame."""
+        if child.doom is not Doom.RECYCLED:
+            self._hear_out(child)
+        del self._children[child.pid]
+        self._expected -= 1
+        current, *rest = child.jobs.values() or (None,)
+        if current is not None:
+            self._ledger.end(current, _blame(child, current, status))
+        self._dealer.put_back([job for job in rest if job is not None], now=self._clock.monotonic())
+        if child.doom is None:
+            log.warning("child_died", pid=child.pid, how=_how(status), job_id=current and current.job_id)
+
+    def _hear_out(self, child: ChildProcess) -> None:
+        """Take in what a dead child had said. Where a fork of it keeps the socket open, it just dries up."""
+        if not child.frames.ended:
+            self._selector.unregister(child.stream)
+            while not child.frames.ended:
+                messages = child.frames.read(wait=False)
+                if child.frames.dry:
+                    break
+                for message in messages:
+                    self._take_in(child, message)
+        child.stream.close()
+
+    # Stopping
+
+    def enforce(self, now: float) -> float:
+        """Kill children whose job outstayed its timeout or its cancel by more than the grace.
+
+        Returns when to look next, infinity when no job runs.
+        """
+        soonest = math.inf
+        for child in self._children.values():
+            job = child.current
+            if job is None or child.doom is not None:
+                continue
+            timeout_at = child.since + job.timeout_seconds + self._settings.timeout_grace_seconds
+            cancel_at = math.inf if child.cancel_at is None else child.cancel_at
+            if now >= cancel_at:
+                child.kill(Doom.CANCEL)
+            elif now >= timeout_at:
+                child.kill(Doom.TIMEOUT)
+            else:
+                soonest = min(soonest, timeout_at, cancel_at)
+        return soonest
+
+    def grant(self, wish: Wish, now: float) -> None:
+        """Ask a running job to stop; its child is killed when the grace is over.
+
+        A job further back in a round is left to the next beat, which brings the wish again.
+        """
+        job = self._ledger.held(wish.lease_token)
+        if job is None:
+            return
+        if self._dealer.withdraw(job):
+            self._ledger.end(job, Cancelled())
+            return
+        child = next((child for child in self._children.values() if child.current is job), None)
+        if child is None:
+            return
+        default = self._settings.cancel_grace_seconds
+        grace = default if wish.grace_seconds is None else wish.grace_seconds
+        kill_at = now + (0.0 if wish.terminate else grace)
+        if child.cancel_at is None:
+            child.ask_to_stop(job.job_id)
+        child.cancel_at = min(kill_at, child.cancel_at or kill_at)
+
+    def release_all(self) -> None:
+        """Kill what runs; the jobs are not charged."""
+        for child in self._children.values():
+            if child.jobs and child.doom is None:
+                child.kill(Doom.DRAIN)
+
+    def abandon_all(self) -> None:
+        """Kill what runs and hear no more of it: the jobs are somebody else's."""
+        for child in self._children.values():
+            if child.jobs:
+                child.kill(Doom.LOST)
+                child.jobs.clear()
+
+
+def _blame(child: ChildProcess, job: Claimed, status: int) -> Ending:
+    if child.doom is None:
+        return Crashed(_how(status))
+    if child.doomed_job == job.job_id:
+        match child.doom:
+            case Doom.TIMEOUT:
+                return TimedOut(job.timeout_seconds)
+            case Doom.CANCEL:
+                return Cancelled()
+    return Unfinished()  # not its fault: it may have started between the decision to kill and the kill
+
+
+def _how(status: int) -> str:
+    """A wait status in words."""
+    if os.WIFSIGNALED(status):
+        number = os.WTERMSIG(status)
+        return f"killed by signal {number} ({signal.Signals(number).name})"
+    return f"exited with status {os.waitstatus_to_exitcode(status)}"

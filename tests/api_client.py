@@ -1,0 +1,305 @@
+"""The API under test: in this process, or served by uvicorn on a socket; every answer is checked.
+
+Whatever a test asks for, the answer must be one that the OpenAPI document allows for that operation, and
+must keep the promises that all answers make: `Reference.check` holds them to it.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import ExitStack, asynccontextmanager, contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any, Self
+
+import httpx
+import sqlalchemy as sa
+from anyio.from_thread import BlockingPortal, start_blocking_portal
+from jsonschema import Draft202012Validator
+
+from laneway import models
+from laneway.api.app import BASE, create_api
+from laneway.api.edge import Edge
+from laneway.db import Database
+from laneway.engine.callers import Role, create_key, ensure_tenant
+from laneway.settings import Settings
+from laneway.webhooks.secrets import SecretBox
+from servers import Server
+
+RATE_HEADERS = (
+    "ratelimit-policy",
+    "ratelimit",
+    "x-ratelimit-limit",
+    "x-ratelimit-remaining",
+    "x-ratelimit-reset",
+)
+PROBLEM = "application/problem+json"
+_INTERNALS = re.compile(
+    r"Traceback|File \"|sqlalchemy|psycopg|sqlite3|SELECT |INSERT |UPDATE |site-packages", re.I
+)
+
+
+class Reference:
+    """What the OpenAPI document and docs/reference/http.md promise of answers."""
+
+    def __init__(self) -> None:
+        self.document = create_api(Settings()).openapi()
+        self._paths = {
+            template: re.compile(re.sub(r"\{[^}]+\}", "[^/]+", template))
+            for template in self.document["paths"]
+        }
+        self.schema = cache(self._schema)
+
+    def check(self, response: httpx.Response) -> None:
+        """Raise AssertionError where the answer is none that this operation may give."""
+        request = response.request
+        text = "" if response.headers.get("content-type") == "text/event-stream" else response.text
+        said = f"{request.method} {request.url.path} → {response.status_code} {text[:2000]}"
+        operation = self.operation(request.method, request.url.path)
+        assert re.fullmatch(r"[A-Za-z0-9._-]{1,64}", response.headers["x-request-id"]), said
+        assert "cache-control" in response.headers, said
+        if response.status_code in (429, 503):
+            assert int(response.headers["retry-after"]) >= 1, said
+        if response.status_code >= 400:
+            assert not _INTERNALS.search(text), said
+        media_type = response.headers.get("content-type", "").partition(";")[0]
+        if media_type == PROBLEM:
+            self._check_problem(response, said)
+        if operation is None:
+            assert response.status_code in (404, 405), said
+            assert media_type == PROBLEM, said
+            return
+        documented = operation["responses"].get(str(response.status_code))
+        assert documented is not None, f"not documented: {said}"
+        for name in documented["headers"]:
+            if name != "Location" or response.status_code == 202:
+                assert name in response.headers, f"no {name}: {said}"
+        contents = documented.get("content", {})
+        if response.status_code in (204, 304) or not contents:
+            assert not text, said
+            return
+        assert media_type in contents, f"{media_type}: {said}"
+        if media_type.endswith("json"):
+            schema = contents[media_type].get("schema", {})
+            errors = [
+                error.message for error in self.schema(str(schema.get("$ref"))).iter_errors(response.json())
+            ]
+            assert not errors, f"{errors}: {said}"
+
+    def operation(self, method: str, path: str) -> dict[str, Any] | None:
+        """The operation behind a request, None when there is none."""
+        for template, pattern in self._paths.items():
+            if pattern.fullmatch(path):
+                found: dict[str, Any] | None = self.document["paths"][template].get(method.lower())
+                if found is not None:
+                    return found
+        return None
+
+    def _schema(self, reference: str) -> Draft202012Validator:
+        return Draft202012Validator({"$ref": reference, "components": self.document["components"]})
+
+    def _check_problem(self, response: httpx.Response, said: str) -> None:
+        problem = response.json()
+        errors = [e.message for e in self.schema("#/components/schemas/Problem").iter_errors(problem)]
+        assert not errors, f"{errors}: {said}"
+        assert problem["status"] == response.status_code, said
+        assert problem["instance"] == response.request.url.path, said
+        assert problem["request_id"] == response.headers["x-request-id"], said
+        if response.status_code == 401:
+            assert response.headers["www-authenticate"] == "Bearer", said
+        if problem["code"] in ("invalid_request", "invalid_parameters", "invalid_payload"):
+            assert problem["errors"], said
+
+
+@cache
+def reference() -> Reference:
+    return Reference()
+
+
+class Calls:
+    """Requests with a key, and what is behind the API: its store, its tenants."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.reference = reference()
+        self.database = Database(settings.database)
+        self._box = SecretBox.from_settings(settings)
+        self.tenant_id = self.tenant("default")
+        self.alice = self.key(Role.USER, subject="alice")
+
+    def send(self, method: str, path: str, **how: Any) -> httpx.Response:
+        raise NotImplementedError
+
+    def request(self, method: str, path: str, *, key: str | None = "", **how: Any) -> httpx.Response:
+        """The checked answer. `path` is below the base, unless it starts with two slashes; key None: none."""
+        url = path[1:] if path.startswith("//") else BASE + path
+        response = self.send(method, url, headers=self.headers(key) | how.pop("headers", {}), **how)
+        self.reference.check(response)
+        return response
+
+    def headers(self, key: str | None = "") -> dict[str, str]:
+        return {} if key is None else {"Authorization": f"Bearer {key or self.alice}"}
+
+    def get(self, path: str, **how: Any) -> httpx.Response:
+        return self.request("GET", path, **how)
+
+    def post(self, path: str, **how: Any) -> httpx.Response:
+        return self.request("POST", path, **how)
+
+    def make(self, job_type: str = "demo.echo", *, key: str = "", **fields: Any) -> dict[str, Any]:
+        """A job that was accepted."""
+        response = self.post("/jobs", key=key, json={"job_type": job_type, **fields})
+        assert response.status_code == 202, response.text
+        return dict(response.json())
+
+    def tenant(self, name: str) -> str:
+        return ensure_tenant(self.database, self._box, name)
+
+    def key(self, role: Role = Role.USER, *, tenant: str = "default", subject: str | None = None) -> str:
+        """A new key."""
+        return create_key(self.database, tenant_id=self.tenant(tenant), role=role, subject=subject)
+
+    def count_jobs(self) -> int:
+        with self.database.read() as connection:
+            return int(connection.execute(sa.select(sa.func.count()).select_from(models.jobs)).scalar_one())
+
+
+class LocalApi(Calls):
+    """The application in this process: `with` runs its lifespan, on an event loop of its own."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self.app = create_api(settings)
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            stack.callback(self.database.dispose)
+            self.portal: BlockingPortal = stack.enter_context(start_blocking_portal())
+            self._client = stack.enter_context(self.portal.wrap_async_context_manager(self._running()))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    @asynccontextmanager
+    async def _running(self) -> AsyncIterator[httpx.AsyncClient]:
+        async with (
+            self.app.router.lifespan_context(self.app),
+            httpx.AsyncClient(
+                transport=httpx.ASGITransport(Edge(self.app), raise_app_exceptions=False),
+                base_url="http://laneway.test",
+                timeout=60,
+            ) as client,
+        ):
+            yield client
+
+    def send(self, method: str, path: str, **how: Any) -> httpx.Response:
+        return self.portal.call(lambda: self._client.request(method, path, **how))
+
+    @contextmanager
+    def asking(self, method: str, path: str, **how: Any) -> Iterator[Callable[[], httpx.Response]]:
+        """A request under way; the value waits for its answer."""
+        future = self.portal.start_task_soon(
+            lambda: self._client.request(
+                method, BASE + path, headers=self.headers() | how.pop("headers", {}), **how
+            )
+        )
+
+        def answer() -> httpx.Response:
+            response = future.result(60)
+            self.reference.check(response)
+            return response
+
+        yield answer
+
+
+class ServedApi(Calls, Server):
+    """The application in a uvicorn process of its own, on a unix socket."""
+
+    def __init__(self, settings: Settings) -> None:
+        Server.__init__(self, "api")
+        Calls.__init__(self, settings)
+        self.socket = self.folder / "api.sock"
+
+    def __enter__(self) -> Self:
+        Server.__enter__(self)
+        self._client = httpx.Client(
+            transport=httpx.HTTPTransport(uds=str(self.socket)), base_url="http://api", timeout=60
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if hasattr(self, "_client"):
+            self._client.close()
+        Server.__exit__(self)
+        self.database.dispose()
+
+    def start(self) -> None:
+        self.run(
+            [
+                sys.executable,
+                "-m",
+                "uvicorn",
+                "--factory",
+                "laneway.api.app:create_app",
+                "--uds",
+                self.socket,
+                "--no-access-log",
+            ],
+            ready=self._answers,
+            dying=signal.SIGKILL,
+            env=environment(self.settings),
+        )
+
+    def _answers(self) -> bool:
+        with httpx.Client(transport=httpx.HTTPTransport(uds=str(self.socket))) as client:
+            try:
+                return client.get("http://api/livez").status_code == 200
+            except httpx.TransportError:
+                return False
+
+    def send(self, method: str, path: str, **how: Any) -> httpx.Response:
+        return self._client.request(method, path, **how)
+
+    def stream(self, path: str, **how: Any) -> Any:
+        """`with` gives the checked answer as soon as its headers are there."""
+        return self._client.stream("GET", BASE + path, headers=self.headers() | how.pop("headers", {}), **how)
+
+
+class WorkerProcess(Server):
+    """A worker with one child, on the same stores."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__("worker")
+        self._settings = settings
+
+    def start(self) -> None:
+        database = Database(self._settings.database)
+        try:
+            self.run(
+                [sys.executable, "-m", "laneway", "worker", "--no-courier", "--concurrency", "1"],
+                ready=lambda: bool(_workers(database)),
+                dying=signal.SIGKILL,
+                env=environment(self._settings),
+            )
+        finally:
+            database.dispose()
+
+
+def _workers(database: Database) -> list[Any]:
+    with database.read() as connection:
+        return list(connection.execute(sa.select(models.workers.c.id)).scalars())
+
+
+def environment(settings: Settings) -> dict[str, str]:
+    """A process environment that makes these settings."""
+    said: Mapping[str, Any] = {name: getattr(settings, name) for name in settings.model_fields_set}
+    values = {
+        name: ",".join(value) if isinstance(value, tuple) else str(value) for name, value in said.items()
+    }
+    path = {"PYTHONPATH": ":".join(sys.path), "PATH": str(Path(sys.executable).parent)}
+    return path | {f"LANEWAY_{name.upper()}": value for name, value in values.items()}
