@@ -18,7 +18,7 @@ from typing import Any, Self
 import httpx
 import sqlalchemy as sa
 from anyio.from_thread import BlockingPortal, start_blocking_portal
-from jsonschema import Draft202012Validator
+from openapi_schema_validator import OAS32Validator
 
 from laneway import models
 from laneway.api.app import BASE, create_api
@@ -98,8 +98,8 @@ class Reference:
                     return found
         return None
 
-    def _schema(self, reference: str) -> Draft202012Validator:
-        return Draft202012Validator({"$ref": reference, "components": self.document["components"]})
+    def _schema(self, reference: str) -> OAS32Validator:
+        return OAS32Validator({"$ref": reference, "components": self.document["components"]})
 
     def _check_problem(self, response: httpx.Response, said: str) -> None:
         problem = response.json()

@@ -1,8 +1,8 @@
 """The two stores: SQLite for one machine, PostgreSQL for the rest, behind one small face.
 
 Statements of the hot path carry many rows each. `Rows` is how: a table-valued parameter, written
-`{rows}` in the SQL, that becomes `unnest(arrays)` on PostgreSQL and `json_each(text)` on SQLite, so that
-one statement text serves both stores and a batch costs one round trip.
+`{rows}` in the SQL and sent as one JSON text, which PostgreSQL opens with `jsonb_to_recordset` and SQLite
+with `json_each`, so that one statement text serves both stores and a batch costs one round trip.
 """
 
 from __future__ import annotations
@@ -123,19 +123,17 @@ class Rows:
 
     def sql(self, dialect: str) -> str:
         if dialect == "postgresql":
-            arrays = ", ".join(
-                f"CAST(:u_{name} AS {_POSTGRES_TYPES[kind]}[])" for name, kind in self.columns.items()
-            )
-            return f"unnest({arrays}) AS u({', '.join(self.columns)})"
+            columns = ", ".join(f"{name} {_POSTGRES_TYPES[kind]}" for name, kind in self.columns.items())
+            return f"jsonb_to_recordset(CAST(:u AS jsonb)) AS u({columns})"
         picks = ", ".join(f"json_extract(value, '$[{i}]') AS {name}" for i, name in enumerate(self.columns))
-        return f"(SELECT {picks} FROM json_each(:u)) AS u"
+        return f"(SELECT {picks} FROM json_each(:u)) AS u"  # noqa: S608 - names of ours
 
     def bind(self, dialect: str, rows: Sequence[Sequence[Any]]) -> dict[str, Any]:
-        if dialect == "postgresql":
-            columns = zip(*rows, strict=True) if rows else ([] for _ in self.columns)
-            return {f"u_{name}": list(column) for name, column in zip(self.columns, columns, strict=True)}
         if any(len(row) != len(self.columns) for row in rows):
             raise ValueError(f"each row needs the {len(self.columns)} values {', '.join(self.columns)}")
+        if dialect == "postgresql":
+            named = [dict(zip(self.columns, row, strict=True)) for row in rows]
+            return {"u": json.dumps(named, default=_zoned)}
         return {"u": json.dumps(rows, default=_encode)}
 
 
@@ -149,6 +147,10 @@ def any_of(dialect: str, name: str, *, kind: str = "text") -> str:
 def listed(dialect: str, values: Sequence[Any]) -> Any:
     """The parameter that `any_of` names."""
     return list(values) if dialect == "postgresql" else json.dumps(list(values), default=_encode)
+
+
+def _zoned(value: object) -> object:
+    return str(value) if isinstance(value, datetime) and value.tzinfo is not None else _encode(value)
 
 
 def _encode(value: object) -> object:

@@ -7,6 +7,7 @@ A comment above a block says what it is:
     prints                      lines of what the block before printed, in order; `…` is anything
     the background prints       the same of the background, sooner or later
     file: NAME                  a file that is there from the beginning
+    layers                      test_documented compares it with pyproject.toml
 
 Only the port and the folder differ from what a reader has.
 """
@@ -32,7 +33,7 @@ from laneway.settings import Settings
 from process.stack import Process
 from servers import wait_until
 
-MARKS = ("runs", "runs in the background", "prints", "the background prints")
+MARKS = ("runs", "runs in the background", "prints", "the background prints", "layers")
 API = "http://127.0.0.1:8000"
 RECEIVER_PORT = "9000"
 EXAMPLES = {page: found for page in pages() if (found := list(blocks(page)))}
@@ -134,11 +135,12 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reader]:
 def _fill_bin(folder: Path) -> None:
     """`.venv/bin` as `make` leaves it, as far as the pages use it."""
     folder.mkdir(parents=True)
+    server = find_redis()
     programs = {
         "python": sys.executable,
         "laneway": f"{sys.executable} -m laneway",
         "rq": f"{sys.executable} -m rq.cli",
-        "redis-cli": find_redis().with_name("redis-cli"),
+        "redis-cli": server.with_name(server.name.replace("-server", "-cli")),
     }
     for name, program in programs.items():
         path = folder / name

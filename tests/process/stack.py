@@ -1,4 +1,4 @@
-"""Real processes of Laneway on one store and one Redis, with short timings, and what a test may ask of them."""
+"""Real processes of Laneway on one store and one Redis, with short timings, and what tests ask of them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ SHORT = {
     "LANEWAY_LOG_FORMAT": "json",
     "LANEWAY_TASKS": TASKS,
 }
-SHORT_LEASE = {"LANEWAY_LEASE_SECONDS": "2.4", "LANEWAY_BEAT_SECONDS": "0.4"}
+SHORT_LEASE = {"LANEWAY_LEASE_SECONDS": "3", "LANEWAY_BEAT_SECONDS": "0.4"}
 
 
 class Process:

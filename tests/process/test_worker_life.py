@@ -134,7 +134,7 @@ def test_when_the_nursery_dies_the_worker_leaves_and_its_jobs_are_not_charged(
     stack: Stack, tmp_path: Path
 ) -> None:
     worker = stack.worker()
-    running, gate = hold(stack, tmp_path, once=True)
+    running, _ = hold(stack, tmp_path, once=True)
     os.kill(stack.nursery(worker), signal.SIGKILL)
     assert_gone(stack, worker, status=1)
     assert "nursery_failed" in worker.said()

@@ -38,7 +38,6 @@ def create_api(settings: Settings) -> FastAPI:
         summary="Background jobs over HTTP, in priority lanes, with signed webhooks.",
         lifespan=lifespan,
         redirect_slashes=False,
-        max_body_size=settings.max_body_bytes,
         redoc_url=None,
     )
     problems.install(app)

@@ -19,6 +19,7 @@ from fastapi import Request
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.types import Message
 
 from laneway.api.runtime import Runtime, in_thread, runtime_of
 from laneway.engine.callers import Caller, Role
@@ -73,7 +74,7 @@ class GatedRoute(APIRoute):
             caller.need(role)
             request.scope["laneway.caller"] = caller
             _check_media_type(request)
-            return await inner(request)
+            return await inner(_bounded(request, runtime.settings.max_body_bytes))
 
         return handle
 
@@ -116,3 +117,22 @@ def _check_media_type(request: Request) -> None:
     media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
     if request.method in {"POST", "PUT", "PATCH"} and not _JSON.fullmatch(media_type):
         raise HTTPException(415, "send the body as application/json")
+
+
+def _bounded(request: Request, limit: int) -> Request:
+    """The request, whose body ends in a 413 once it is longer than `limit` bytes, said or sent."""
+    too_long = HTTPException(413, f"the body may have at most {limit} bytes")
+    said = request.headers.get("content-length", "")
+    if said.isdecimal() and int(said[:20]) > limit:
+        raise too_long
+    left = limit
+
+    async def receive() -> Message:
+        nonlocal left
+        message = await request.receive()
+        left -= len(message.get("body", b""))
+        if left < 0:
+            raise too_long
+        return message
+
+    return Request(request.scope, receive)

@@ -159,7 +159,15 @@ async def list_jobs(
     return as_json({"data": page, "next_cursor": following, "has_more": following is not None}, 200, headers)
 
 
-@router.get("/jobs/{job_id}", response_model=JobView, operation_id="getJob", responses=problems(404))
+_UNCHANGED: dict[int | str, dict[str, Any]] = {304: {"description": "As `If-None-Match` knows it."}}
+
+
+@router.get(
+    "/jobs/{job_id}",
+    response_model=JobView,
+    operation_id="getJob",
+    responses={**_UNCHANGED, **problems(404)},
+)
 @access(RateClass.DEFAULT)
 async def get_job(
     job_id: UUID,
@@ -176,7 +184,7 @@ async def get_job(
     "/jobs/{job_id}/status",
     response_model=JobStatusView,
     operation_id="getJobStatus",
-    responses=problems(404),
+    responses={**_UNCHANGED, **problems(404)},
 )
 @access(RateClass.DEFAULT)
 async def get_job_status(

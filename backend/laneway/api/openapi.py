@@ -25,6 +25,7 @@ _HEADERS: dict[str, tuple[str, dict[str, Any]]] = {
     "X-RateLimit-Reset": ("Epoch second at which more comes free.", _NUMBER),
     "Retry-After": ("Seconds after which to ask again.", _NUMBER),
     "Location": ("The job.", _TEXT),
+    "ETag": ("The job's version.", _TEXT),
 }
 _ON_EVERY = ("X-Request-Id",)
 _ON_LIMITED = tuple(name for name in _HEADERS if "Rate" in name)
@@ -61,8 +62,11 @@ def _complete(document: dict[str, Any]) -> None:
     document["security"] = [{"key": []}]
     for operation in _operations(document):
         limited = operation.get("security") != []
+        versioned = "304" in operation["responses"]
         for status, response in operation["responses"].items():
             names = [*_ON_EVERY, *(_ON_LIMITED if limited else ()), *_ON_STATUS.get(status, ())]
+            if versioned and status in ("200", "304"):
+                names.append("ETag")
             response["headers"] = {name: {"$ref": f"#/components/headers/{name}"} for name in names}
 
 

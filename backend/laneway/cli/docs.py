@@ -244,10 +244,9 @@ def _errors() -> Iterable[str]:
     of_http = [(status, name, HTTPStatus(status).phrase) for status, name in problems._CODES.items()]
     known = {name for _, name, _ in ours}
     rows = ours + [row for row in of_http if row[1] not in known]
-    yield table(
-        ("code", "status", "title"),
-        ((code(name), str(status), title) for status, name, title in sorted(rows)),
-    )
+    shown = [(code(name), str(status), title) for status, name, title in sorted(rows)]
+    shown.append((code(problems._HTTP_ERROR), "another", "As the status says"))
+    yield table(("code", "status", "title"), shown)
 
 
 _LIMITS: tuple[tuple[str, str, str], ...] = (

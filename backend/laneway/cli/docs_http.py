@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from laneway.api.gate import Access
 
+MOST_CHOICES = 12  # in a cell; error codes have a page of their own
 _BOUNDS = {
     "minimum": "at least {}",
     "maximum": "at most {}",
@@ -70,6 +71,7 @@ def http() -> Iterable[str]:
     yield "## Schemas"
     for name, schema in sorted(document["components"]["schemas"].items()):
         yield f"### {name}"
+        yield "The values of `code`: [Errors](errors.md)." if name == "Problem" else ""
         yield first_paragraph(schema.get("description", ""))
         yield f"One of {codes(schema['enum'])}." if "enum" in schema else fields(schema)
 
@@ -158,7 +160,7 @@ def _type(schema: dict[str, Any]) -> str:
         return f"[{name}](#{name.lower()})"
     if "anyOf" in schema:
         return " or ".join(_type(each) for each in schema["anyOf"])
-    if "enum" in schema:
+    if "enum" in schema and len(schema["enum"]) <= MOST_CHOICES:
         return codes(schema["enum"])
     kind = schema.get("type", "any JSON")
     if kind == "array":

@@ -61,6 +61,10 @@ class Crew:
         """How many children could start a round now."""
         return sum(child.idle for child in self._children.values())
 
+    def releasing(self) -> bool:
+        """Whether children that `release_all` killed are still to be buried."""
+        return any(child.doom is Doom.DRAIN for child in self._children.values())
+
     def running(self, *, longer_than: float, now: float) -> list[Claimed]:
         """The jobs that have run for so many seconds."""
         running = (c.current for c in self._children.values() if now - c.since > longer_than)

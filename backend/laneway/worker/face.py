@@ -26,9 +26,8 @@ from laneway.lanes.backend import EndedRun, LaneBackend, LanesUnavailable, by_la
 from laneway.lanes.rq_lanes import connect
 from laneway.log import get_logger
 
-SHOW_SECONDS = 5.0
-MIRROR_SECONDS = 1.0
-SHOWN_FOR_SECONDS = 3 * SHOW_SECONDS  # a running job, after the last sign of life
+SHOW_SECONDS = 1.0
+SHOWN_FOR_SECONDS = 15.0  # a running job, after the last sign of life
 
 log = get_logger("worker")
 
@@ -47,18 +46,13 @@ class RqFace(BaseWorker):
         self.hostname, self.pid = host, os.getpid()
         self.birth_date = rq_now()
         self.suspended = False
-        self.show_at = 0.0  # monotonic
-        self.mirror_at = 0.0
         self._lanes = lanes
 
     def _set_connection(self, connection: redis.Redis) -> redis.Redis:
         return connection  # RQ would have it wait 415 s for a reply
 
-    def show(self, now: float, *, busy: bool) -> None:
+    def show(self, *, busy: bool) -> None:
         """Keep the worker's keys alive, also after Redis forgot them; learn of `rq suspend`."""
-        if now < self.show_at:
-            return
-        self.show_at = now + SHOW_SECONDS
         self.last_heartbeat = rq_now()
         try:
             self.suspended = bool(is_suspended(self.connection))

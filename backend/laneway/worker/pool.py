@@ -44,7 +44,7 @@ from laneway.worker.beats import Beats
 from laneway.worker.children import Nursery, NurseryFailed
 from laneway.worker.crew import Crew
 from laneway.worker.dealing import Dealer
-from laneway.worker.face import MIRROR_SECONDS, RqFace
+from laneway.worker.face import SHOW_SECONDS, RqFace
 from laneway.worker.ledger import Ledger
 
 OWN_LOOK_SECONDS = 5.0  # an idle worker asks the database itself this often
@@ -109,6 +109,7 @@ class PoolWorker:
         self._own_look_at = 0.0  # into the database, when the lanes are empty
         self._kill_at = 0.0
         self._stop_at = 0.0
+        self._show_at = 0.0
         self._pause_until = 0.0
 
     # The process
@@ -158,13 +159,11 @@ class PoolWorker:
     def _pause(self) -> float:
         """How long the loop may sleep when nothing is heard."""
         now = self._clock.monotonic()
-        moments = [now + self._settings.poll_seconds, self._face.show_at, self._kill_at]
-        if self._ledger.unsettled:
+        moments = [now + self._settings.poll_seconds, self._show_at, self._kill_at]
+        if self._ledger.unsettled and not self._crew.releasing():
             moments.append(self._pause_until)
         if self._room():
             moments.append(max(self._pause_until, now if self._rung.is_set() else self._look_at))
-        if self._ledger:
-            moments.append(self._face.mirror_at)
         if self._stop_at > now:
             moments.append(self._stop_at)
         for at in (self._dealer.hand_back_at, self._ledger.save_progress_at):
@@ -198,7 +197,9 @@ class PoolWorker:
             self._crew.grant(self._wishes.popleft(), now)
         self._kill_at = self._crew.enforce(now)
         self._crew.deal(now)
-        if now >= self._pause_until:
+        if (
+            now >= self._pause_until and not self._crew.releasing()
+        ):  # what is released together keeps its order
             self._commit(now)
         hand_back_at = self._dealer.hand_back_at
         if hand_back_at is not None and now >= hand_back_at:
@@ -266,12 +267,13 @@ class PoolWorker:
 
     def _show(self, now: float) -> None:
         self._news.changed(self._ledger.save_progress(now))
-        if now >= self._face.mirror_at and self._ledger:
-            self._face.mirror_at = now + MIRROR_SECONDS
-            # Short jobs never appear and cost nothing.
-            if jobs := self._crew.running(longer_than=MIRROR_SECONDS / 2, now=now):
-                self._face.mirror_running(jobs)
-        self._face.show(now, busy=bool(self._ledger))
+        if now < self._show_at:
+            return
+        self._show_at = now + SHOW_SECONDS
+        # Short jobs never appear and cost nothing.
+        if jobs := self._crew.running(longer_than=SHOW_SECONDS / 2, now=now):
+            self._face.mirror_running(jobs)
+        self._face.show(busy=bool(self._ledger))
 
     # What other threads hear
 
