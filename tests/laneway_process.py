@@ -42,6 +42,7 @@ class Running:
         self._command = [sys.executable, "-m", "laneway", *map(str, arguments)]
         self._environment = environment(**variables)
         folder.mkdir(parents=True, exist_ok=True)
+        self._seen: set[Process] = set()
         self._files = folder / f"{arguments[0]}.out", folder / f"{arguments[0]}.err"
 
     def __enter__(self) -> Self:
@@ -52,10 +53,14 @@ class Running:
         return self
 
     def __exit__(self, *_: object) -> None:
-        everything = family(self.process.pid)
+        self._seen |= family(self.process.pid)
         self.process.kill()
         self.process.wait()
-        wait_until(lambda: not alive(everything), what="what it started is gone", evidence=self.evidence)
+        try:
+            wait_until(lambda: not alive(self._seen), what="what it started is gone", evidence=self.evidence)
+        finally:
+            for pid, _started in alive(self._seen):
+                os.kill(pid, signal.SIGKILL)
 
     @property
     def out(self) -> str:
@@ -80,6 +85,7 @@ class Running:
 
     def stop(self, how: signal.Signals = signal.SIGTERM) -> int:
         """Send `how`; the exit code."""
+        self._seen |= family(self.process.pid)
         self.process.send_signal(how)
         return self.ended()
 

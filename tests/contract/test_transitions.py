@@ -584,9 +584,13 @@ def cross(
 
 
 def claims_in_opposite_orders(database: Database) -> list[Any]:
-    with database.write() as connection:  # enough rows that the planner looks each up by its key
+    with database.write() as connection:  # the plan of a large table: each row looked up by its key
         ids = sorted(map(str, create(connection, [new_job() for _ in range(2_000)], now=NOW)))[500:503]
         connection.execute(sa.text("ANALYZE jobs"))
+        for other in ("hashjoin", "mergejoin", "seqscan"):
+            connection.execute(sa.text(f"ALTER DATABASE {database.url.database} SET enable_{other} = off"))
+    database.dispose()
+    del database.engine  # so that the next session has the settings
 
     def lock_middle(connection: sa.Connection) -> None:
         connection.execute(sa.select(models.jobs.c.id).where(models.jobs.c.id == ids[1]).with_for_update())

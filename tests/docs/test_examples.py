@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from redis import Redis
 
 from docs.markdown import ROOT, Block, blocks, pages
 from laneway.api.app import create_api
@@ -126,6 +127,10 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reader]:
         dev.wait_for("Queue a job:")
         found = re.search(r"API +(http://\S+)", dev.log.read_text())
         assert found, dev.said()
+        with Redis(unix_socket_path=str(folder / ".laneway" / "redis.sock")) as client:
+            wait_until(
+                lambda: client.smembers("rq:workers"), what="the worker shows itself", evidence=dev.said
+            )
         yield Reader(folder, found[1], env["PORT"], env | {"LANEWAY_URL": found[1]})
     finally:
         dev.send(signal.SIGTERM)

@@ -26,7 +26,7 @@ def nested(depth: int) -> str:
     return with_parameters('{"a":' + "[" * (depth - 1) + "]" * (depth - 1) + "}")
 
 
-NOT_READABLE = {
+NOT_READABLE: dict[str, bytes | str] = {
     "nothing but a brace": b"{",
     "trailing text": b'{"job_type":"demo.echo"} x',
     "single quotes": b"{'job_type':'demo.echo'}",
@@ -36,6 +36,10 @@ NOT_READABLE = {
     "100,000 open objects": '{"a":' * 100_000,
     "an unfinished escape": b'{"job_type":"\\u12"}',
     "NUL bytes": b"\0\0\0\0",
+    "nothing": b"",
+    "half a character": with_parameters('{"a":"\\ud800"}'),
+    "half a character in a key": with_parameters('{"\\udfff":1}'),
+    "half a character in the title": '{"job_type":"demo.echo","title":"\\ud800"}',
 }
 
 
@@ -46,11 +50,11 @@ def test_what_is_no_json_is_a_bad_request(api: LocalApi) -> None:
     assert api.count_jobs() == 0
 
 
-WRONG: dict[str, tuple[Any, str, str]] = {
+WRONG: dict[str, tuple[object, str, str]] = {
     # what: the body, the pointer of its first error, that error's code
-    "a list": ([], "", "model_attributes_type"),
-    "a text": ("x", "", "model_attributes_type"),
-    "null": (None, "", "model_attributes_type"),
+    "a list": ([], "", "model_type"),
+    "a text": ("x", "", "model_type"),
+    "null": (None, "", "model_type"),
     "no job type": ({}, "/job_type", "missing"),
     "an unknown field": ({"job_type": "demo.echo", "parametres": {}}, "/parametres", "extra_forbidden"),
     "an awkward unknown field": ({"job_type": "demo.echo", "a/b~c": 1}, "/a~1b~0c", "extra_forbidden"),
@@ -132,21 +136,6 @@ WRONG: dict[str, tuple[Any, str, str]] = {
         "/delay_seconds",
         "finite_number",
     ),
-    "half a character": (
-        {"job_type": "demo.echo", "parameters": {"a": "\ud800"}},
-        "/parameters/a",
-        "not_unicode",
-    ),
-    "half a character in a key": (
-        {"job_type": "demo.echo", "parameters": {"\udfff": 1}},
-        "/parameters",
-        "not_unicode",
-    ),
-    "half a character in the title": (
-        {"job_type": "demo.echo", "title": "\ud800"},
-        "/title",
-        "string_unicode",
-    ),
 }
 
 
@@ -160,9 +149,12 @@ def test_what_cannot_be_meant_is_pointed_at(each_api: LocalApi) -> None:
     assert each_api.count_jobs() == 0
 
 
-def test_no_body_at_all_is_pointed_at(api: LocalApi) -> None:
-    response = api.post("/jobs")
-    assert (response.status_code, response.json()["errors"][0]["code"]) == (422, "missing")
+def test_half_a_character_is_refused_wherever_it_stands(each_api: LocalApi) -> None:
+    job_id = each_api.make()["id"]
+    for body in ('{"reason":"\\ud800"}', '{"\\ud800":1}'):
+        response = each_api.post(f"/jobs/{job_id}/cancel", content=body, headers=JSON)
+        assert response.status_code == 422, body
+    assert each_api.get(f"/jobs/{job_id}").json()["status"] == "queued"
 
 
 LIMITS: list[tuple[str, Any, Any]] = [

@@ -42,7 +42,7 @@ def test_a_job_type_tells_what_may_be_passed_and_its_defaults(api: LocalApi) -> 
 
 
 def test_an_unknown_job_type_is_not_found(api: LocalApi) -> None:
-    for name in ("no.such", "%00", "..", "%F0%9F%98%80"):
+    for name in ("no.such", "%00", "%F0%9F%98%80"):
         response = api.get(f"/job-types/{name}")
         assert (response.status_code, response.json()["code"]) == (404, "job_type_not_found"), name
 

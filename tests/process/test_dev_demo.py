@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from laneway_process import Running, alive, family, laneway, member
+from webhook_receiver import Receiver, in_turn
 
 QUICK = {"FEEDBACK_SUMMARIES_PACE_SECONDS": 0}
 
@@ -34,6 +35,15 @@ def test_every_summary_completes_and_every_webhook_is_verified(tmp_path: Path) -
     assert len(re.findall(r"^10\d +\d+ +\S", ran.stdout, re.MULTILINE)) == 12  # the table
     assert "\x1b" not in ran.stdout + ran.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_summaries_that_fail_are_counted_and_the_demo_has_failed(tmp_path: Path) -> None:
+    with Receiver(in_turn(401)) as model:  # permanent: no attempt follows
+        broken = {"FEEDBACK_SUMMARIES_URL": model.url("/v1"), "FEEDBACK_SUMMARIES_MODEL": "m"}
+        ran = laneway("demo", **QUICK, **broken, TMPDIR=tmp_path)
+    assert ran.returncode == 1, ran.stdout + ran.stderr
+    assert "summaries: 0 of 65 completed" in ran.stdout
+    assert "laneway: 65 of 65 summaries were not completed: " in ran.stderr
 
 
 def test_the_lanes_drain_by_priority_though_low_was_queued_first(tmp_path: Path) -> None:

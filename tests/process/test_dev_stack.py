@@ -135,7 +135,7 @@ def free_port() -> int:
 
 
 def test_a_running_job_is_let_finish_and_a_second_signal_releases_it(tmp_path: Path) -> None:
-    with started(tmp_path) as dev:
+    with started(tmp_path, LANEWAY_DRAIN_SECONDS=3600) as dev:
         url = line(dev, "API").split()[0]
         client = {"LANEWAY_URL": url, "LANEWAY_DATA_DIR": tmp_path / "data"}
         job_id = laneway("enqueue", "demo.sleep", "seconds:=600", **client).stdout.strip()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from process.stack import SHORT_LEASE, Process, Stack, is_alive
-from servers import RedisServer
+from servers import PostgresServer, RedisServer
 
 
 def notes(ledger: Path, count: int) -> list[tuple[str, dict[str, object]]]:
@@ -60,7 +60,8 @@ def test_jobs_run_while_redis_is_down(
         (key,) = redis.smembers("rq:workers")
         assert redis.hget(key, "pid") == str(worker.pid)
         stack.wait(stack.enqueue("demo.noop"))
-        redis.publish(f"rq:pubsub:{key.removeprefix('rq:worker:')}", '{"command": "shutdown"}')
+        channel = f"rq:pubsub:{key.removeprefix('rq:worker:')}"
+        stack.until(lambda: redis.publish(channel, '{"command": "shutdown"}'), what="it listens again")
     assert worker.wait() == 0
     assert not scheduler.ended()
 
@@ -160,3 +161,45 @@ def test_a_worker_that_loses_its_lease_kills_what_it_ran(either_stack: Stack, tm
     stack.until(lambda: not is_alive(child), what="the child that ran it is dead")
     assert stack.row(job_id)["attempt"] == 2
     assert stack.statuses() == {"completed": 1}
+
+
+@pytest.mark.parametrize("how", ["stop", "kill"])
+def test_a_database_that_goes_away_costs_no_job(
+    own_postgres_server: PostgresServer, redis_url: str, tmp_path: Path, how: str
+) -> None:
+    """Endings are kept until it is back; past the lease the worker lets go, and starts anew."""
+    ledger, gate = tmp_path / "ledger", tmp_path / "gate"
+    with Stack(own_postgres_server.fresh(), redis_url, tmp_path) as stack:
+        lease = {} if how == "stop" else SHORT_LEASE
+        worker, scheduler = stack.worker(concurrency=2, **lease), stack.scheduler(**lease)
+        held = {"ledger": str(tmp_path / "held"), "gate": str(gate), "once": True}
+        holding = stack.enqueue("test.hold", held)
+        stack.wait_for_file(tmp_path / "held")
+        ids = stack.enqueue_all(notes(ledger, 20))
+        stack.wait_all(ids)
+        getattr(own_postgres_server, how)()
+        if how == "stop":
+            gate.touch()
+            worker.wait_for("group_refused")
+        else:
+            worker.wait_for("lease_lost")
+        own_postgres_server.start()
+        row = stack.wait(holding)
+        assert (row["attempt"], row["crash_count"]) == (1 if how == "stop" else 2, 0)
+        stack.wait_all(stack.enqueue_all([("demo.noop", {})] * 20))
+        assert_each_ran_once(stack, ledger, ids)
+        assert not worker.ended()
+        assert not scheduler.ended()
+
+
+def test_a_worker_without_a_database_still_obeys_a_signal(
+    own_postgres_server: PostgresServer, redis_url: str, tmp_path: Path
+) -> None:
+    with Stack(own_postgres_server.fresh(), redis_url, tmp_path) as stack:
+        worker = stack.worker(LANEWAY_DRAIN_SECONDS="0.1", **SHORT_LEASE)
+        hold_once(stack, tmp_path / "ledger", tmp_path / "gate")
+        own_postgres_server.stop()
+        worker.send(signal.SIGTERM)
+        assert worker.wait() == 0, worker.said()
+        own_postgres_server.start()
+        assert stack.statuses() == {"running": 1}, "the reaper takes it back when the lease is over"

@@ -7,7 +7,7 @@ import json
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from laneway.engine.context import (
@@ -79,7 +79,8 @@ def test_a_message_is_kept_to_its_limit_and_cut_one_past_it(job: JobContext, lin
     assert [said.message for said in line.said] == ["m" * 500] * 2
 
 
-@given(st.text(st.characters(exclude_categories=())))
+@example("a\ud800\0")
+@given(st.text())
 def test_any_message_can_be_stored(message: str) -> None:
     line = Paper()
     JobContext(job_id="j", job_type="t", attempt=1, line=line).progress(1, message)

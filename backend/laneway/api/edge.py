@@ -1,7 +1,7 @@
 """The outermost layer: what every response has, whatever happened inside.
 
 It stands outside of FastAPI, because middleware added to the app does not see the answer to an
-unhandled exception.
+unhandled exception, which the app raises again once problems.py has answered it.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 
 from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from laneway.api.problems import problem
 from laneway.clock import new_id
 from laneway.limits.headers import render
 from laneway.log import get_logger
@@ -26,7 +26,7 @@ log = get_logger("api")
 
 
 class Edge:
-    """Adds the request id, the limiter's headers and the security headers; answers crashes as problems."""
+    """Adds the request id, the limiter's headers and the security headers; logs crashes with the id."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -38,12 +38,12 @@ class Edge:
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else new_id()
         scope["laneway.request_id"] = request_id
-        started = False
+        answered = False
 
         async def send_with_headers(message: Message) -> None:
-            nonlocal started
+            nonlocal answered
+            answered = message["type"] == "http.response.body" and not message.get("more_body", False)
             if message["type"] == "http.response.start":
-                started = True
                 headers = list(message["headers"])
                 names = {name for name, _ in headers}
                 headers.append((b"x-request-id", request_id.encode()))
@@ -58,15 +58,9 @@ class Edge:
 
         try:
             await self._app(scope, receive, send_with_headers)
+        except ClientDisconnect:
+            pass  # while it sent its body: nobody waits for an answer
         except Exception:
             log.exception("request_crashed", request_id=request_id, method=scope["method"])
-            if started:
-                raise
-            response = problem(
-                scope,
-                status=500,
-                code="internal_error",
-                title="Internal error",
-                detail="Something went wrong here; the request id finds it in the log.",
-            )
-            await response(scope, receive, send_with_headers)
+            if not answered:
+                raise  # in the middle of the answer: the server cuts the connection, so that it shows

@@ -13,7 +13,16 @@ from urllib.parse import urlencode
 from uuid import UUID
 
 from fastapi import APIRouter, Header, Query, Request
-from pydantic import AfterValidator, AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field
+from fastapi.exceptions import RequestValidationError
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+)
 from starlette.responses import Response
 
 from laneway.api.gate import GatedRoute, access
@@ -63,6 +72,16 @@ def link_to(request: Request, path: str) -> str:
     return f"{public or request.scope.get('root_path', '')}{path}"
 
 
+async def _read_and_create(request: Request, runtime: Runtime, caller: Caller) -> Response:
+    """`create_job` with its arguments taken from the request at the least cost."""
+    try:
+        spec = JobSpec.model_validate_json(await request.body())
+    except ValidationError as error:
+        found = error.errors(include_url=False, include_context=False, include_input=False)
+        raise RequestValidationError([e | {"loc": ("body", *e["loc"])} for e in found]) from None
+    return await create_job(request, spec, caller, runtime, request.headers.get("prefer"))
+
+
 @router.post(
     "/jobs",
     status_code=202,
@@ -73,7 +92,7 @@ def link_to(request: Request, path: str) -> str:
         **problems(400, 409, 413, 415),
     },
 )
-@access(RateClass.QUEUE)
+@access(RateClass.QUEUE, direct=_read_and_create)
 async def create_job(
     request: Request,
     spec: JobSpec,

@@ -39,7 +39,8 @@ def codes() -> frozenset[str]:
     kinds = [LanewayError]
     for kind in kinds:
         kinds += kind.__subclasses__()
-    return frozenset({kind.code for kind in kinds} | {*_CODES.values(), _HTTP_ERROR})
+    ours = {kind.code for kind in kinds if kind.__module__ == LanewayError.__module__}
+    return frozenset(ours | {*_CODES.values(), _HTTP_ERROR})
 
 
 def problem(
@@ -125,6 +126,16 @@ def install(app: FastAPI) -> None:
             title="The request is not valid",
             detail=f"{where}: {errors[0]['detail']}",
             errors=errors,
+        )
+
+    @app.exception_handler(Exception)
+    async def _crash(request: Request, _: Exception) -> Response:
+        return problem(
+            request.scope,
+            status=500,
+            code=LanewayError.code,
+            title=LanewayError.title,
+            detail="Something went wrong here; the request id finds it in the log.",
         )
 
     @app.exception_handler(HTTPException)

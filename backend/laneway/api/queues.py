@@ -130,7 +130,7 @@ async def list_job_types(service: ServiceDep) -> Response:
 )
 @access(RateClass.DEFAULT)
 async def get_job_type(name: str, service: ServiceDep) -> Response:
-    """One job type."""
+    """What one job type takes: the schema of its parameters, and its defaults."""
     return as_json(_job_type(service.registry.need(name)))
 
 

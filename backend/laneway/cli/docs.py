@@ -148,7 +148,7 @@ def _states() -> Iterable[str]:
     yield "## Actions"
     yield (
         "Only the worker that holds the job may do what is marked held: its write names the attempt and the "
-        "lease token."
+        "lease token. The table says what is legal; what a caller may ask for is in the [HTTP API](http.md)."
     )
     yield table(
         ("action", "from", "to", "held"),

@@ -159,6 +159,8 @@ class PoolWorker:
     def _pause(self) -> float:
         """How long the loop may sleep when nothing is heard."""
         now = self._clock.monotonic()
+        if self._lost:
+            return max(0.0, self._pause_until - now)
         moments = [now + self._settings.poll_seconds, self._show_at, self._kill_at]
         if self._ledger.unsettled and not self._crew.releasing():
             moments.append(self._pause_until)
@@ -207,7 +209,7 @@ class PoolWorker:
         self._show(now)
 
     def _room(self) -> int:
-        if self._signals or self._face.suspended:
+        if self._signals or self._face.suspended or self._beats.overdue:
             return 0
         return self._dealer.room(self._crew.idle())
 
@@ -236,7 +238,7 @@ class PoolWorker:
         if self._idle > idle:
             self._look_at = now
         room = self._room()
-        if not room or self._beats.overdue or not (self._rung.is_set() or now >= self._look_at):
+        if not room or not (self._rung.is_set() or now >= self._look_at):
             return [], False
         self._rung.clear()
         self._look_at = now + self._settings.poll_seconds

@@ -1,0 +1,88 @@
+"""The OpenAPI document: valid, complete, and the one that is committed."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from openapi_spec_validator import OpenAPIV32SpecValidator
+
+from laneway.api import openapi
+from laneway.api.app import create_api
+from laneway.settings import Settings
+
+SNAPSHOT = Path(__file__).parents[2] / "docs" / "reference" / "openapi.json"
+ANY_OPERATION = {"401", "403", "422", "429", "500", "503"}
+
+
+@pytest.fixture(scope="module")
+def document() -> dict[str, Any]:
+    return dict(json.loads(openapi.text_of(create_api(Settings()))))
+
+
+def operations(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {
+        f"{method.upper()} {path}": operation
+        for path, methods in document["paths"].items()
+        for method, operation in methods.items()
+    }
+
+
+def test_the_document_is_valid_openapi_3_2(document: dict[str, Any]) -> None:
+    assert document["openapi"] == "3.2.0"
+    errors = [error.message for error in OpenAPIV32SpecValidator(document).iter_errors()]
+    assert errors == []
+
+
+def test_the_committed_document_is_the_present_one(document: dict[str, Any]) -> None:
+    assert SNAPSHOT.exists(), "docs/reference/openapi.json is missing: run `make docs` and commit it"
+    committed = SNAPSHOT.read_text()
+    if committed != openapi.text_of(create_api(Settings())):
+        before, now = operations(json.loads(committed)), operations(document)
+        changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+        pytest.fail(
+            "docs/reference/openapi.json is not what the code says: run `make docs`, look at the diff, and "
+            f"commit it. Operations that differ: {changed or 'none; shared parts do'}"
+        )
+
+
+def test_operation_ids_are_unique_and_camel_case(document: dict[str, Any]) -> None:
+    ids = [operation["operationId"] for operation in operations(document).values()]
+    assert len(ids) == len(set(ids)) == 14
+    assert all(re.fullmatch(r"[a-z]+([A-Z][a-z]+)*", name) for name in ids)
+
+
+def test_every_limited_operation_documents_the_answers_that_any_may_give(document: dict[str, Any]) -> None:
+    for name, operation in operations(document).items():
+        if operation.get("security") == []:
+            continue
+        assert set(operation["responses"]) >= ANY_OPERATION, name
+        for status in ANY_OPERATION - {"503"}:
+            content = operation["responses"][status]["content"]
+            assert list(content) == ["application/problem+json"], (name, status)
+
+
+def test_every_body_that_is_read_may_be_too_large_or_no_json(document: dict[str, Any]) -> None:
+    for name, operation in operations(document).items():
+        if "requestBody" in operation:
+            assert {"400", "413", "415"} <= set(operation["responses"]), name
+
+
+def test_every_operation_says_what_it_is_for(document: dict[str, Any]) -> None:
+    for name, operation in operations(document).items():
+        assert operation["summary"], name
+        assert len(operation["description"]) > 15, name
+        assert operation["tags"], name
+
+
+def test_only_the_probes_want_no_key(document: dict[str, Any]) -> None:
+    assert document["security"] == [{"key": []}]
+    keyless = {name for name, operation in operations(document).items() if operation.get("security") == []}
+    assert keyless == {"GET /livez", "GET /readyz"}
+
+
+def test_fastapis_own_error_shape_is_nowhere(document: dict[str, Any]) -> None:
+    assert "HTTPValidationError" not in json.dumps(document)
