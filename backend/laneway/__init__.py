@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from laneway.engine.context import JobContext, current_job
     from laneway.engine.registry import background_job
     from laneway.errors import JobCancelled, PermanentError, Retry, Snooze, TransientError
+    from laneway.webhooks.signing import verify_webhook
 
 __version__ = "0.1.0"
 
@@ -28,6 +29,7 @@ _HOMES = {
     "TransientError": "laneway.errors",
     "background_job": "laneway.engine.registry",
     "current_job": "laneway.engine.context",
+    "verify_webhook": "laneway.webhooks.signing",
 }
 
 __all__ = [
@@ -41,6 +43,7 @@ __all__ = [
     "TransientError",
     "background_job",
     "current_job",
+    "verify_webhook",
 ]
 
 

@@ -424,12 +424,29 @@ def test_the_scheduler_wakes_for_the_next_due_job_and_never_sleeps_longer_than_a
     database: Database, clock: FrozenClock
 ) -> None:
     scheduler = ticker(database, MemoryLanes(), clock, tick_seconds=1.0)
-    for due, pause in ((None, 1.0), (5.0, 1.0), (0.25, 0.25), (-3.0, 0.0)):
+    for due, pause in ((None, 1.0), (5.0, 1.0), (0.25, 0.25)):
         if due is not None:
             add_job(database, JobStatus.SCHEDULED, scheduled_for=clock.now() + timedelta(seconds=due))
-        stopping = Counting(turns=0)
+        stopping = Counting(turns=1)
         scheduler.run(stopping)
-        assert stopping.waits == [pause]
+        assert stopping.waits == [0.0, pause]
+
+
+def test_between_two_rounds_the_scheduler_only_promotes(database: Database, clock: FrozenClock) -> None:
+    job_id = add_job(database, JobStatus.SCHEDULED, scheduled_for=clock.now() + timedelta(seconds=0.25))
+
+    class Later(Counting):
+        def wait(self, timeout: float | None = None) -> bool:
+            if len(self.waits) == 1:
+                clock.advance(seconds=timeout or 0.0)
+                late.append(add_job(database, expires_at=clock.now()))
+            return super().wait(timeout)
+
+    late: list[str] = []
+    stopping = Later(turns=2)
+    ticker(database, MemoryLanes(), clock, tick_seconds=1.0).run(stopping)
+    assert stopping.waits == [0.0, 0.25, 0.75]
+    assert (status_of(database, job_id), status_of(database, late[0])) == ("queued", "queued")
 
 
 def test_the_scheduler_does_not_spin_while_a_due_job_cannot_be_promoted(

@@ -226,6 +226,8 @@ def test_a_body_of_unsaid_length_has_at_most_one_mebibyte_too(api: LocalApi) -> 
 
     assert api.post("/jobs", content=chunks(MIB // 2), headers=JSON).status_code == 202
     assert api.post("/jobs", content=chunks(MIB), headers=JSON).status_code == 413
+    cancel = f"/jobs/{api.make()['id']}/cancel"
+    assert api.post(cancel, content=chunks(MIB), headers=JSON).status_code == 413
 
 
 @pytest.mark.parametrize("given", ["text/plain", "application/xml", "text/json", "application/xjson", ""])

@@ -83,6 +83,21 @@ def test_a_job_that_was_run_again_is_followed_past_its_first_end(each_api: Local
     assert (events[-1].data["result"], events[-1].data["error"]) == ("well", None)
 
 
+def test_an_end_that_comes_between_two_looks_is_told(local: Any, postgres_url: str) -> None:
+    """The end is committed after the events were read and before the job is."""
+    api: LocalApi = local(database_url=postgres_url)
+    job_id = api.make()["id"]
+    held = [claim(api, job_id)]
+
+    def end_it(_c: Any, _u: Any, statement: str, *_: Any) -> None:
+        if "FROM job_events" in statement and held:
+            complete(api, held.pop(), "7")
+
+    sa.event.listen(api.app.state.runtime.database.engine, "after_cursor_execute", end_it)
+    events = read(api.get(f"/jobs/{job_id}/events", headers={"Last-Event-ID": "2"}))
+    assert [(event.name, event.data["result"]) for event in events] == [("job.completed", 7)]
+
+
 def test_a_running_job_is_followed_to_its_end(served: Any) -> None:
     api: ServedApi = served()
     job_id = api.make()["id"]

@@ -226,6 +226,12 @@ class Stack:
         query = sa.select(job_events.c.action).where(job_events.c.job_id == job_id)
         return [row["action"] for row in self.rows(query.order_by(job_events.c.seq))]
 
+    def errors(self, job_id: str) -> list[dict[str, Any]]:
+        """The errors that its attempts ended with, in order."""
+        e = job_events.c
+        query = sa.select(e.error).where(e.job_id == job_id, e.error.is_not(None)).order_by(e.seq)
+        return [row["error"] for row in self.rows(query)]
+
     def webhooks(self) -> list[tuple[str, str]]:
         """`(job id, event)` of every message that waits to be delivered."""
         m, d = webhook_messages.c, webhook_deliveries.c

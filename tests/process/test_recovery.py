@@ -184,6 +184,7 @@ def test_a_database_that_goes_away_costs_no_job(
         else:
             worker.wait_for("lease_lost")
         own_postgres_server.start()
+        stack.database.dispose()  # the test's own connections died with it
         row = stack.wait(holding)
         assert (row["attempt"], row["crash_count"]) == (1 if how == "stop" else 2, 0)
         stack.wait_all(stack.enqueue_all([("demo.noop", {})] * 20))
@@ -202,4 +203,5 @@ def test_a_worker_without_a_database_still_obeys_a_signal(
         worker.send(signal.SIGTERM)
         assert worker.wait() == 0, worker.said()
         own_postgres_server.start()
+        stack.database.dispose()  # the test's own connections died with it
         assert stack.statuses() == {"running": 1}, "the reaper takes it back when the lease is over"

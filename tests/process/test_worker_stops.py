@@ -37,6 +37,9 @@ def test_no_handler_outlives_its_timeout(working: Stack, tmp_path: Path) -> None
     for how, job_id in plain.items():
         row = stack.wait(job_id)
         assert (row["result"], row["retry_count"], row["crash_count"]) == (2, 1, 0), how
+        assert (stack.errors(job_id)[0]["traceback"] is not None) == (how == "exception"), (
+            "softly, if it can be"
+        )
     traces = {}
     for how, job_id in coroutines.items():
         row = stack.wait(job_id, "timeout")

@@ -33,7 +33,7 @@ def build() -> typer.Typer:
     """All commands."""
     import typer
 
-    from laneway.cli import demo, dev, doctor, jobs, processes, store
+    from laneway.cli import demo, dev, docs, doctor, jobs, processes, store
 
     app = typer.Typer(
         help="Background jobs over HTTP, in priority lanes, with signed webhooks.",
@@ -50,6 +50,7 @@ def build() -> typer.Typer:
         app.command(rich_help_panel="Processes")(process)
     app.command("doctor", rich_help_panel="Operate")(doctor.doctor)
     app.command("migrate", hidden=True)(store.upgrade)  # what docker-compose.yml runs
+    app.command("docs", hidden=True)(docs.docs)  # what `make docs` runs
     for name, group in (("db", store.db), ("keys", store.keys), ("webhooks", store.webhooks)):
         app.add_typer(group, name=name, rich_help_panel="Operate")
     return app

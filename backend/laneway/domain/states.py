@@ -26,10 +26,10 @@ class JobStatus(StrEnum):
     QUEUED = "queued"  # due; its id is, or will be, in a lane
     RUNNING = "running"  # a worker holds it
     RETRYING = "retrying"  # waits for `next_retry_at`
-    COMPLETED = "completed"
-    FAILED = "failed"
-    TIMEOUT = "timeout"
-    CANCELLED = "cancelled"
+    COMPLETED = "completed"  # its handler returned, or an admin said so
+    FAILED = "failed"  # no attempt is left, or none would help
+    TIMEOUT = "timeout"  # its last attempt ran out of time
+    CANCELLED = "cancelled"  # somebody asked for it
     EXPIRED = "expired"  # did not start before `expires_at`
 
 

@@ -83,7 +83,7 @@ def listen(redis_url: str, channel: str, heard: Callable[[str], None], *, stoppi
     client = connect(redis_url, command_seconds=LISTEN_SECONDS + 2)
     while not stopping.is_set():
         try:
-            with client.pubsub(ignore_subscribe_messages=True) as subscription:
+            with client.pubsub(ignore_subscribe_messages=True) as subscription:  # type: ignore[no-untyped-call]
                 subscription.subscribe(channel)
                 while not stopping.is_set():
                     message = subscription.get_message(timeout=LISTEN_SECONDS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import sqlalchemy as sa
 
@@ -30,24 +31,34 @@ class Ticker:
         )
 
     def run(self, stopping: threading.Event) -> None:
-        """Tick until `stopping` is set; sleeps no longer than to the next due job, after failures a tick."""
+        """Run a round every `tick_seconds`, and promote in between as soon as a job falls due."""
         log.info("scheduler_started")
-        went_well = True
-        while not stopping.wait(self._pause() if went_well else self._settings.tick_seconds):
-            went_well = self.tick()
+        round_at = self._clock.monotonic()
+        wait = 0.0
+        while not stopping.wait(wait):
+            if self._clock.monotonic() >= round_at:
+                went_well = self.tick()
+                round_at = self._clock.monotonic() + self._settings.tick_seconds
+            else:
+                went_well = self._promote()
+            left = max(0.0, round_at - self._clock.monotonic())
+            wait = min(left, self._until_due()) if went_well else left
         log.info("scheduler_stopped")
 
     def tick(self) -> bool:
         """One round of every sweep; whether all went well. One that fails is logged and tried again."""
-        now = self._clock.now
         return all(
             [
-                self._sweep("promote", lambda: self._ring(upkeep.promote(self._database, now=now()))),
-                self._sweep("expire", lambda: upkeep.expire(self._database, now=now())),
+                self._promote(),
+                self._sweep("expire", lambda: upkeep.expire(self._database, now=self._clock.now())),
                 self._sweep("reap", lambda: self._ring(self._reaper.sweep())),
                 self._sweep("reconcile", self._reconcile),
             ]
         )
+
+    def _promote(self) -> bool:
+        due = partial(upkeep.promote, self._database, now=self._clock.now())
+        return self._sweep("promote", lambda: self._ring(due()))
 
     def _reconcile(self) -> int:
         window = self._settings.lane_window
@@ -66,12 +77,10 @@ class Ticker:
             log.info("swept", sweep=name, jobs=done)
         return True
 
-    def _pause(self) -> float:
-        longest = self._settings.tick_seconds
+    def _until_due(self) -> float:
+        """Seconds until the next scheduled or retrying job falls due."""
         try:
             due = upkeep.next_due(self._database)
         except (sa.exc.DBAPIError, sa.exc.TimeoutError):
-            return longest
-        if due is None:
-            return longest
-        return min(longest, max(0.0, (due - self._clock.now()).total_seconds()))
+            return self._settings.tick_seconds
+        return float("inf") if due is None else max(0.0, (due - self._clock.now()).total_seconds())

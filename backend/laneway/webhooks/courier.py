@@ -110,8 +110,9 @@ class Courier:
                 await self._drain()
         finally:
             self._loop = None
-            listener.cancel()
-            await asyncio.gather(listener, return_exceptions=True)
+            while not listener.done():
+                listener.cancel()  # again: one that comes while redis-py connects may be lost
+                await asyncio.wait([listener], timeout=0.1)
             await bell_rope.aclose()
             self._sql.shutdown()
         log.info("courier_stopped", courier_id=self.id)
