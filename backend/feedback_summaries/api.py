@@ -106,7 +106,11 @@ async def queue_summaries(
     prepared = [
         runtime.service.prepare(body.spec(evaluation_id, student_id), caller) for student_id in students
     ]
-    made = await in_thread(runtime.service.create, prepared)
+    answers = await in_thread(runtime.service.enqueue, prepared)
+    for answer in answers:
+        if isinstance(answer, Exception):
+            raise answer
+    made = [answer for answer in answers if isinstance(answer, dict)]
     return as_json(_answer(students, prepared, made), 202)
 
 

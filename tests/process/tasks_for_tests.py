@@ -93,10 +93,12 @@ def parent(ledger: str, gate: str) -> None:
 
 
 @background_job("test.leave_a_fork")
-def leave_a_fork(ledger: str, die: bool = False) -> None:
-    """Fork a process that outlives the job; with `die` the job's own process then dies."""
+def leave_a_fork(ledger: str, die: bool = False, apart: bool = False) -> None:
+    """Fork a process that outlives the job, `apart` in its own session; with `die` the job's process dies."""
     forked = os.fork()
     if not forked:
+        if apart:
+            os.setsid()
         while True:
             _never.wait(1)
     _append(ledger, str(forked))

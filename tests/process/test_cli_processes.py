@@ -38,7 +38,7 @@ def queue_some(stores: dict[str, object], *specs: JobSpec) -> list[str]:
         tenant_id = ensure_tenant(database, SecretBox({"k": bytes(32)}), "default")
         service = JobService(database, lanes, settings, load(()))
         caller = Caller(tenant_id, "test", Role.ADMIN)
-        return [job["id"] for job in service.create([service.prepare(spec, caller) for spec in specs])]
+        return [job["id"] for job in service.enqueue([service.prepare(spec, caller) for spec in specs])]
     finally:
         lanes.close()
         database.dispose()

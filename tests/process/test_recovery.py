@@ -123,6 +123,18 @@ def test_a_job_ends_on_a_later_attempt_whatever_is_killed(
         assert stack.events(each)[-1] == "complete"
 
 
+def test_a_long_job_of_a_healthy_worker_is_never_taken_away(either_stack: Stack, tmp_path: Path) -> None:
+    stack, gate = either_stack, tmp_path / "gate"
+    start_pair(stack)
+    job_id = stack.enqueue("test.hold", {"ledger": str(tmp_path / "ledger"), "gate": str(gate)})
+    stack.wait_for_file(tmp_path / "ledger")
+    started_at = stack.worker_rows()[0]["beat"]
+    stack.until(lambda: stack.worker_rows()[0]["beat"] >= started_at + 10, what="more than a lease is over")
+    gate.touch()
+    stack.wait(job_id)
+    assert stack.events(job_id) == ["create", "claim", "complete"]
+
+
 def test_a_worker_that_was_stopped_past_its_lease_comes_back_as_another(
     either_stack: Stack, tmp_path: Path
 ) -> None:

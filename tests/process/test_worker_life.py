@@ -165,7 +165,7 @@ def test_a_task_module_that_ends_its_process_ends_the_worker(stack: Stack) -> No
 
 def test_the_last_words_of_a_handler_are_heard(stack: Stack, tmp_path: Path) -> None:
     """What it prints is written before its child may be killed."""
-    worker = stack.worker()
+    worker = stack.worker(PYTHONUNBUFFERED="")
     stack.wait(stack.enqueue("test.say", {"text": "these words"}))
     (child,) = stack.children(worker)
     worker.send(signal.SIGKILL)

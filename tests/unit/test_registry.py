@@ -209,6 +209,7 @@ def test_what_is_registered_is_listed_by_name() -> None:
 @pytest.fixture
 def registry(monkeypatch: pytest.MonkeyPatch) -> Registry:
     """A registry of the test's own in the place of the process's."""
+    registry_module.load(())  # the shipped modules register once a process: in the process's own
     fresh = Registry()
     monkeypatch.setattr(registry_module, "registry", fresh)
     return fresh

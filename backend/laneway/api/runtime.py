@@ -62,7 +62,7 @@ class Runtime:
         known = registry or load(settings.tasks)
         service = JobService(database, lanes, settings, known, news=news, clock=clock)
         limiter = RateLimiter(parse_rules(settings.rate_limits), settings.redis_url, clock=clock)
-        new_jobs = GroupCommit(service.create, weigh=lambda p: len(p.row.parameters))
+        new_jobs = GroupCommit(service.create, after=service.ring_new, weigh=lambda p: len(p.row.parameters))
         hub = Hub(settings.redis_url)
         hub.start()
         try:

@@ -57,14 +57,16 @@ class GroupCommit(Generic[T, R]):
 
     def __init__(
         self,
-        commit: Callable[[Sequence[T]], Sequence[R]],
+        commit: Callable[[Sequence[T]], Sequence[R | Exception]],
         *,
+        after: Callable[[Sequence[T], Sequence[R | Exception]], None] = lambda _items, _outcomes: None,
         weigh: Callable[[T], int] = lambda _: 0,
         max_items: int = 256,
         max_bytes: int = 4 * 1024 * 1024,
         max_waiting: int = 10_000,
     ) -> None:
         self._commit = commit
+        self._after = after
         self._weigh = weigh
         self._max_items = max_items
         self._max_bytes = max_bytes
@@ -120,6 +122,10 @@ class GroupCommit(Generic[T, R]):
                     loop.call_soon_threadsafe(_answer, answers)
                 except RuntimeError:
                     pass  # the loop is closed: nobody waits any more
+            try:
+                self._after([item for item, _, _ in group], outcomes)
+            except Exception:
+                log.exception("after_commit_failed", items=len(group))
 
     def _next_group(self) -> list[tuple[T, asyncio.Future[R], asyncio.AbstractEventLoop]]:
         group: list[tuple[T, asyncio.Future[R], asyncio.AbstractEventLoop]] = []

@@ -165,24 +165,35 @@ class JobService:
             raise
 
     def enqueue(self, prepared: Sequence[Prepared]) -> list[dict[str, Any] | Exception]:
-        """Write jobs; one answer each, in order: the job, or the error of that job alone.
+        """Write jobs and ring their lanes; one answer each, in order: the job, or the error of that one.
 
-        The answer is the new job, or the active one that holds its unique key. What is answered is kept.
+        The job is new, or the active one that holds its unique key. What is answered is kept.
         """
-        return commit_each(self.create, prepared)
-
-    def create(self, prepared: Sequence[Prepared]) -> list[dict[str, Any]]:
-        """Write jobs in one transaction, then ring their lanes in one round trip: all of them, or raise."""
-        now = self.clock.now()
-        answers: list[dict[str, Any]] = []
-        rung: list[tuple[str, str]] = []
-        with self.database.write() as connection:
-            for p, made in zip(prepared, create(connection, [p.row for p in prepared], now=now), strict=True):
-                answers.append(_new_view(p, now) if made else _holder(connection, p))
-                if made and p.row.queued_at is not None:
-                    rung.append((p.row.lane, p.row.id))
-        self.ring(rung)
+        answers: list[dict[str, Any] | Exception] = list(commit_each(self.create, prepared))
+        self.ring_new(prepared, answers)
         return answers
+
+    def create(self, prepared: Sequence[Prepared]) -> list[dict[str, Any] | Exception]:
+        """Write jobs in one transaction. Nobody is told: `ring_new` is for after the commit."""
+        now = self.clock.now()
+        with self.database.write_once() as connection:
+            made = create(connection, [p.row for p in prepared], now=now)
+            return [
+                _new_view(p, now) if new else _holder(connection, p)
+                for p, new in zip(prepared, made, strict=True)
+            ]
+
+    def ring_new(self, prepared: Sequence[Prepared], answers: Sequence[dict[str, Any] | Exception]) -> None:
+        """Ring the lanes of those that `create` made and that are due, in one round trip."""
+        self.ring(
+            [
+                (p.row.lane, p.row.id)
+                for p, answer in zip(prepared, answers, strict=True)
+                if p.row.queued_at is not None
+                and not isinstance(answer, Exception)
+                and answer["id"] == p.row.id
+            ]
+        )
 
     def ring(self, items: Sequence[tuple[str, str]]) -> None:
         """Push `(lane, job id)` pairs, best effort: what fails here is rung again by the reconciler."""
@@ -380,17 +391,14 @@ def _new_view(prepared: Prepared, now: datetime) -> dict[str, Any]:
     return queries.view(columns)
 
 
-def _holder(connection: sa.Connection, prepared: Prepared) -> dict[str, Any]:
-    """The active job that holds the unique key.
-
-    Raises UniqueKeyTaken when the request wants that refused, or may not see that job.
-    """
+def _holder(connection: sa.Connection, prepared: Prepared) -> dict[str, Any] | UniqueKeyTaken:
+    """The active job that holds the unique key; an error where the request wants one, or may not see it."""
     key = prepared.row.unique_key or ""
     row = queries.find_active(connection, prepared.scope, key)
     if row is not None and prepared.spec.on_conflict == "return_existing":
         return queries.view(row)
     facts = {} if row is None else {"job_id": row["id"]}
-    raise UniqueKeyTaken(f"an active job holds the unique key {key!r}", **facts)
+    return UniqueKeyTaken(f"an active job holds the unique key {key!r}", **facts)
 
 
 def _utc(moment: datetime, name: str) -> datetime:

@@ -430,16 +430,25 @@ _NEW = Rows(**{field.name: _NEW_KINDS.get(field.name, "text") for field in field
 @cache
 def _insert_jobs(dialect: str) -> sa.TextClause:
     columns = ", ".join(_NEW.columns)
-    return sa.text(
+    jobs = (
         f"INSERT INTO jobs ({columns}, event_seq, created_at, updated_at)"  # noqa: S608
         f" SELECT {columns}, 1, :now, :now FROM {_NEW.sql(dialect)} WHERE true"
         " ON CONFLICT (tenant_id, unique_key) WHERE unique_key IS NOT NULL AND finished_at IS NULL DO NOTHING"
-        " RETURNING CAST(id AS text)"
-    ).bindparams(sa.bindparam("now", type_=Moment))
+    )
+    if dialect == "postgresql":  # one statement, so that it may commit by itself (db.Database.write_once)
+        jobs = (
+            f"WITH made AS ({jobs} RETURNING id, tenant_id, status, created_by),"  # noqa: S608
+            " told AS (INSERT INTO job_events (job_id, seq, tenant_id, action, status, attempt, actor, at)"
+            " SELECT id, 1, tenant_id, 'create', status, 0, created_by, :now FROM made)"
+            " SELECT CAST(id AS text) FROM made"
+        )
+    else:
+        jobs += " RETURNING id"
+    return sa.text(jobs).bindparams(sa.bindparam("now", type_=Moment))
 
 
 def create(connection: sa.Connection, jobs: Sequence[NewJob], *, now: datetime) -> list[str | None]:
-    """Insert rows and their first events.
+    """Insert rows and their first events; on PostgreSQL in one statement.
 
     The id of each, or None where an active job holds its unique key: of the batch, the first has it. Rows
     go in by their keys, since an insert waits for another transaction's uncommitted holder of its key, and
@@ -454,6 +463,6 @@ def create(connection: sa.Connection, jobs: Sequence[NewJob], *, now: datetime) 
         for job in jobs
         if job.id in made
     ]
-    if events:
+    if events and dialect != "postgresql":
         connection.execute(_insert_events(dialect), {"now": now, **_EVENTS.bind(dialect, events)})
     return [job.id if job.id in made else None for job in jobs]
