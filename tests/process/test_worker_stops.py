@@ -127,7 +127,7 @@ def ask_twice(stack: Stack, job_id: str) -> None:
     [
         pytest.param(lambda s, j: s.cancel(j, grace_seconds=0.2), id="after the grace"),
         pytest.param(lambda s, j: s.cancel(j, terminate=True), id="at once"),
-        pytest.param(lambda s, j: ask_twice(s, j), id="asked, then at once"),
+        pytest.param(ask_twice, id="asked, then at once"),
     ],
 )
 def test_a_handler_that_does_not_listen_is_killed(

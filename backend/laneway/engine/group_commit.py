@@ -53,7 +53,10 @@ def _away(error: Exception) -> StorageUnavailable:
 
 
 class GroupCommit(Generic[T, R]):
-    """A thread that commits what coroutines hand it. `weigh` is an item's bytes."""
+    """A thread that commits what coroutines hand it.
+
+    `after` is told of each group between its commit and its answers. `weigh` is an item's bytes.
+    """
 
     def __init__(
         self,
@@ -114,6 +117,10 @@ class GroupCommit(Generic[T, R]):
             except Exception as error:
                 log.exception("group_failed", items=len(group))
                 outcomes = [error] * len(group)
+            try:
+                self._after([item for item, _, _ in group], outcomes)
+            except Exception:
+                log.exception("after_commit_failed", items=len(group))
             by_loop: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Future[R], R | Exception]]] = {}
             for (_, future, loop), outcome in zip(group, outcomes, strict=True):
                 by_loop.setdefault(loop, []).append((future, outcome))
@@ -122,10 +129,6 @@ class GroupCommit(Generic[T, R]):
                     loop.call_soon_threadsafe(_answer, answers)
                 except RuntimeError:
                     pass  # the loop is closed: nobody waits any more
-            try:
-                self._after([item for item, _, _ in group], outcomes)
-            except Exception:
-                log.exception("after_commit_failed", items=len(group))
 
     def _next_group(self) -> list[tuple[T, asyncio.Future[R], asyncio.AbstractEventLoop]]:
         group: list[tuple[T, asyncio.Future[R], asyncio.AbstractEventLoop]] = []
