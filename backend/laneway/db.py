@@ -224,6 +224,7 @@ def _sqlite_engine(url: sa.URL, pool_size: int) -> sa.Engine:
         pool_size=pool_size,
         max_overflow=0,
         pool_timeout=POOL_TIMEOUT_SECONDS,
+        hide_parameters=True,
     )
 
     @sa.event.listens_for(engine, "connect")
@@ -271,5 +272,5 @@ def _postgresql_engine(url: sa.URL, pool_size: int) -> sa.Engine:
         pool_size=pool_size,
         max_overflow=0,
         pool_timeout=POOL_TIMEOUT_SECONDS,
-        pool_pre_ping=False,
+        hide_parameters=True,  # an error that is logged must not carry what a job was given
     )

@@ -147,7 +147,7 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _beats_within_the_lease(self) -> Self:
-        if self.beat_seconds > self.lease_seconds / 6:
+        if self.beat_seconds * 6 > self.lease_seconds * 1.000001:  # floats: 0.4 is a sixth of 2.4
             raise ValueError(
                 f"beat_seconds ({self.beat_seconds:g}) may be at most a sixth of lease_seconds "
                 f"({self.lease_seconds:g}): a worker that misses a few beats would lose its jobs"

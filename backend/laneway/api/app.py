@@ -13,6 +13,7 @@ from starlette.types import ASGIApp
 from laneway import __version__
 from laneway.api import events, health, jobs, openapi, problems, queues, webhooks
 from laneway.api.edge import Edge
+from laneway.api.gate import GatedRoute
 from laneway.api.runtime import Runtime
 from laneway.settings import Settings, get_settings
 
@@ -64,4 +65,9 @@ def _spare_the_collector() -> None:
 def _mounted(settings: Settings) -> list[APIRouter]:
     """Routers of the modules in LANEWAY_TASKS that have some: `def api_router() -> APIRouter`."""
     modules = [import_module(name) for name in settings.tasks]
-    return [module.api_router() for module in modules if hasattr(module, "api_router")]
+    routers = [module.api_router() for module in modules if hasattr(module, "api_router")]
+    for router in routers:
+        for route in router.routes:
+            if not isinstance(route, GatedRoute):  # it would be open to everybody
+                raise TypeError(f"{route}: make its router with route_class=GatedRoute")
+    return routers

@@ -83,7 +83,8 @@ async def _frames(runtime: Runtime, caller: Caller, job_id: str, seen: int) -> A
                 frames.append(_frame(str(seen), f"job.{event['status']}", _news_of(event, now)))
             job = now.job
             progress = (job["attempt"], job["progress"], job["progress_message"])
-            if job["status"] == JobStatus.RUNNING and job["progress"] and progress != last_progress:
+            newer = progress != last_progress and progress[:2] >= (last_progress or (0, 0))[:2]
+            if job["status"] == JobStatus.RUNNING and job["progress"] and newer:
                 last_progress = progress
                 frames.append(_frame(f"{seen}.{job['progress']}", "job.progress", _news(job)))
             if not frames and time.monotonic() - spoke_at > PING_SECONDS:
@@ -93,7 +94,16 @@ async def _frames(runtime: Runtime, caller: Caller, job_id: str, seen: int) -> A
                 spoke_at = time.monotonic()
             if now.ended:
                 return
-            await watch.changed(PING_SECONDS)
+            while (step := await watch.changed(PING_SECONDS)) is not None:
+                if step.attempt == job["attempt"] and step.percent >= job["progress"]:
+                    job |= {
+                        "progress": step.percent,
+                        "progress_message": step.message,
+                        "progress_details": step.details,
+                    }
+                    last_progress = (step.attempt, step.percent, step.message)
+                    yield _frame(f"{seen}.{step.percent}", "job.progress", _news(job))
+                    spoke_at = time.monotonic()
 
 
 def _news(job: dict[str, Any]) -> dict[str, Any]:

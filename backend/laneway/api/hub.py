@@ -6,6 +6,8 @@ import asyncio
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
 
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
@@ -18,20 +20,39 @@ POLL_SECONDS = 1.0  # between looks when nothing was heard: news may be lost
 RECONNECT_SECONDS = 1.0
 
 
+@dataclass(frozen=True, slots=True)
+class Step:
+    """How far an attempt of a job is, as its worker said; the row follows within a second."""
+
+    attempt: int
+    percent: int
+    message: str | None
+    details: Any
+
+
 class Watch:
     """One waiter's view of one job."""
 
     def __init__(self) -> None:
         self._changed = asyncio.Event()
+        self._step: Step | None = None
 
-    def stir(self) -> None:
+    def stir(self, step: Step | None = None) -> None:
+        """Wake the waiter: to take a step, or, with None, to look at the row."""
+        if step is None or not self._changed.is_set() or self._step is not None:
+            self._step = step
         self._changed.set()
 
-    async def changed(self, seconds: float) -> None:
-        """Return when the job may have changed: on news, or after at most `seconds` or POLL_SECONDS."""
+    async def changed(self, seconds: float) -> Step | None:
+        """The job's progress as soon as it is news; None when the row may have changed.
+
+        That is on news too, or after at most `seconds` or POLL_SECONDS.
+        """
         with suppress(TimeoutError):
             await asyncio.wait_for(self._changed.wait(), max(0.0, min(seconds, POLL_SECONDS)))
         self._changed.clear()
+        step, self._step = self._step, None
+        return step
 
 
 class Hub:
@@ -81,6 +102,13 @@ class Hub:
 
     def _hear(self, text: bytes) -> None:
         with suppress(ValueError, TypeError):  # anybody may publish anything
-            for job_id in json.loads(text):
+            for item in json.loads(text):
+                job_id, step = (item, None) if isinstance(item, str) else _step_of(*item)
                 for watch in self._watches.get(job_id, ()):
-                    watch.stir()
+                    watch.stir(step)
+
+
+def _step_of(
+    job_id: str, attempt: int, percent: int, message: str | None, details: str | None
+) -> tuple[str, Step]:
+    return job_id, Step(attempt, percent, message, json.loads(details) if details else None)

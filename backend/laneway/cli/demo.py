@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 EVALUATIONS = (101, 102, 103, 104, 105, 106, 107, 123)
 STUDENTS = 13  # in each of them
-CHILDREN = 2
-PACE_SECONDS = 1.0  # of one summary, which takes a few milliseconds by itself
+CHILDREN = 4
+PACE_SECONDS = 2.0  # of one summary, which takes a few milliseconds by itself
 LONGEST_SECONDS = 300.0
 LOOK_SECONDS = 0.4
 LINE_SECONDS = 5.0  # between two lines where there is no terminal
@@ -91,7 +91,8 @@ def _run(folder: Path, *, batches: int) -> list[str]:
     log = folder / "processes.log"
     try:
         with log.open("wb") as output:
-            print("starting an API, a worker with 2 children, a scheduler and a Redis", file=sys.stderr)
+            parts = f"an API, a worker with {CHILDREN} children, a scheduler and a Redis"
+            print(f"starting {parts}", file=sys.stderr)
             settings = read_settings(data_dir=folder, port=0)
             with (
                 stack.running(settings, environ, children=CHILDREN, output=output) as running,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from laneway.cli.docs_http import fields, http
+from laneway.cli.docs_http import fields, http, openapi_text
 from laneway.cli.markdown import code, codes, docstring, table
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def pages() -> dict[str, str]:
         "cli.md": _cli,
         "python.md": _python,
     }
-    return {name: _page(make()) for name, make in makers.items()}
+    return {name: _page(make()) for name, make in makers.items()} | {"openapi.json": openapi_text()}
 
 
 def _page(paragraphs: Iterable[str]) -> str:

@@ -28,6 +28,15 @@ _BOUNDS = {
 }
 
 
+def openapi_text() -> str:
+    """The OpenAPI document of an API with its defaults, as it is committed."""
+    from laneway.api import openapi
+    from laneway.api.app import create_api
+    from laneway.settings import Settings
+
+    return openapi.text_of(create_api(Settings.model_construct()))
+
+
 def http() -> Iterable[str]:
     """The page's paragraphs."""
     from laneway.api.app import BASE, create_api

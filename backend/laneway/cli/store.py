@@ -125,7 +125,7 @@ def create(
     tenant: Annotated[str, typer.Option(help="Its name; made when it is new.")],
     role: Annotated[
         Literal["user", "operator", "admin"],
-        typer.Option(help="A user sees its own jobs, an operator its tenant's, an admin may do everything."),
+        typer.Option(help="A user sees its own jobs, an operator or an admin its tenant's."),
     ],
     subject: Annotated[str | None, typer.Option(help="Whose key it is; default: the key's own id.")] = None,
 ) -> None:

@@ -13,7 +13,10 @@ from laneway.lanes.rq_lanes import connect
 from laneway.log import get_logger
 
 JOBS_CHANNEL = "laneway:live"
-"""JSON lists of job ids whose rows changed."""
+"""JSON lists: the id of a job whose row changed, or `[id, attempt, percent, message, details]` of one that
+got on; `details` is JSON text or null."""
+
+ProgressNews = tuple[str, int, int, str | None, str | None]
 
 WISHES_CHANNEL = "laneway:wishes"
 """Anything: a running job was asked to stop, so workers beat now instead of later."""
@@ -27,6 +30,8 @@ class News(Protocol):
     """Says what changed. Never raises: news that is lost is found by polling."""
 
     def changed(self, job_ids: Sequence[str]) -> None: ...
+
+    def progressed(self, news: Sequence[ProgressNews]) -> None: ...
 
     def wished(self) -> None: ...
 
@@ -45,6 +50,10 @@ class RedisNews:
     def changed(self, job_ids: Sequence[str]) -> None:
         if job_ids:
             self._publish(JOBS_CHANNEL, json.dumps(list(job_ids)))
+
+    def progressed(self, news: Sequence[ProgressNews]) -> None:
+        if news:
+            self._publish(JOBS_CHANNEL, json.dumps(news))
 
     def wished(self) -> None:
         self._publish(WISHES_CHANNEL, "")
@@ -66,6 +75,9 @@ class Silence:
     """No news: for stores without Redis."""
 
     def changed(self, job_ids: Sequence[str]) -> None:
+        pass
+
+    def progressed(self, news: Sequence[ProgressNews]) -> None:
         pass
 
     def wished(self) -> None:

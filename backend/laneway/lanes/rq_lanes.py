@@ -85,6 +85,7 @@ def connect(redis_url: str, command_seconds: float = COMMAND_SECONDS) -> redis.R
         redis_url,
         protocol=2,
         decode_responses=True,
+        encoding_errors="replace",
         socket_connect_timeout=CONNECT_SECONDS,
         socket_timeout=command_seconds,
         retry=Retry(NoBackoff(), 0),

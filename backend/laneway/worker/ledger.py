@@ -22,6 +22,7 @@ from laneway.errors import StorageUnavailable
 from laneway.log import get_logger
 
 SAVE_PROGRESS_SECONDS = 1.0
+TELL_PROGRESS_SECONDS = 0.25
 
 log = get_logger("worker")
 
@@ -38,6 +39,8 @@ class Ledger:
         self._ended: list[tuple[Claimed, Ending]] = []
         self._progress: dict[str, tuple[Claimed, Progress]] = {}
         self._save_at = 0.0
+        self._untold: dict[str, tuple[Claimed, Progress]] = {}
+        self._tell_at = 0.0
 
     def open(self, holder: Holder) -> None:
         """From now on claims are made in this worker's name."""
@@ -54,8 +57,10 @@ class Ledger:
         return bool(self._ended)
 
     @property
-    def save_progress_at(self) -> float | None:
-        return self._save_at if self._progress else None
+    def progress_at(self) -> float | None:
+        """When progress is to be told or written next."""
+        moments = [self._tell_at] if self._untold else []
+        return min([*moments, self._save_at] if self._progress else moments, default=None)
 
     def tokens(self) -> list[str]:
         """The lease tokens of what is held, and of claims under way."""
@@ -69,8 +74,8 @@ class Ledger:
         self._ended.append((job, ending))
 
     def note(self, job: Claimed, news: Progress) -> None:
-        """Say how far a job is: it is written within a second."""
-        self._progress[job.job_id] = job, news
+        """Say how far a job is: it is told four times a second and written once a second, at most."""
+        self._progress[job.job_id] = self._untold[job.job_id] = job, news
 
     def drop_all(self) -> int:
         """Hold nothing any more, without a word to the database; how many jobs that were."""
@@ -120,6 +125,7 @@ class Ledger:
         for job, _ in ended:
             del self._held[job.lease_token]
             self._progress.pop(job.job_id, None)
+            self._untold.pop(job.job_id, None)
         for job in done.stale:
             log.warning("stale_attempt", job_id=job.job_id, attempt=job.attempt)
         for job, error in done.refused:  # the store would not keep this ending: the job fails with the reason
@@ -128,10 +134,18 @@ class Ledger:
             self._ended.append((job, Raised("ResultRefused", str(error)[:500], permanent=True)))
         return done.claimed, done.settled
 
-    def save_progress(self, now: float) -> list[str]:
-        """Write the newest progress, once a second at most; the ids of the jobs that have some."""
-        if not self._progress or now < self._save_at:
+    def untold_progress(self, now: float) -> list[tuple[Claimed, Progress]]:
+        """The newest progress of the jobs that have some nobody was told of, four times a second at most."""
+        if not self._untold or now < self._tell_at:
             return []
+        self._tell_at = now + TELL_PROGRESS_SECONDS
+        news, self._untold = list(self._untold.values()), {}
+        return news
+
+    def save_progress(self, now: float) -> None:
+        """Write the newest progress, once a second at most."""
+        if not self._progress or now < self._save_at:
+            return
         self._save_at = now + SAVE_PROGRESS_SECONDS
         news, self._progress = list(self._progress.values()), {}
         try:
@@ -139,5 +153,3 @@ class Ledger:
                 progress.save(connection, news, now=self._clock.now())
         except (sa.exc.DBAPIError, sa.exc.TimeoutError) as error:
             log.warning("progress_not_saved", error=type(error).__name__)
-            return []
-        return [job.job_id for job, _ in news]

@@ -168,7 +168,7 @@ class PoolWorker:
             moments.append(max(self._pause_until, now if self._rung.is_set() else self._look_at))
         if self._stop_at > now:
             moments.append(self._stop_at)
-        for at in (self._dealer.hand_back_at, self._ledger.save_progress_at):
+        for at in (self._dealer.hand_back_at, self._ledger.progress_at):
             if at is not None:
                 moments.append(at)
         return max(0.0, min(moments) - now)
@@ -268,7 +268,13 @@ class PoolWorker:
             self._ledger.end(job, Unfinished())
 
     def _show(self, now: float) -> None:
-        self._news.changed(self._ledger.save_progress(now))
+        self._ledger.save_progress(now)
+        self._news.progressed(
+            [
+                (job.job_id, job.attempt, p.percent, p.message, p.details)
+                for job, p in self._ledger.untold_progress(now)
+            ]
+        )
         if now < self._show_at:
             return
         self._show_at = now + SHOW_SECONDS
