@@ -95,7 +95,10 @@ class Program:
         """`rss` and `pss` summed over the tree, as the kernel counts them now (proc(5), smaps_rollup)."""
         sums = {"rss": 0, "pss": 0}
         for pid in self.tree():
-            text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+            try:
+                text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+            except (FileNotFoundError, ProcessLookupError):
+                continue  # a work horse that ended just now
             for name in sums:
                 found = re.search(rf"^{name}:\s+(\d+) kB", text, re.IGNORECASE | re.MULTILINE)
                 assert found is not None, text

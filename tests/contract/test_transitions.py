@@ -611,8 +611,14 @@ def test_claims_of_the_same_jobs_in_opposite_orders_do_not_lock_each_other_out(p
     assert len([move for outcomes in results for move in winners(outcomes)]) == 3
 
 
-def test_without_the_order_such_claims_deadlock(postgres: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_order_and_the_keys_such_claims_deadlock(
+    postgres: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(transitions, "sorted", lambda rows, key=None: list(rows), raising=False)
+    monkeypatch.setattr(transitions.Rows, "match", lambda *_: "jobs.id = u.job_id")
+    monkeypatch.setattr(
+        transitions, "_update", transitions._update.__wrapped__
+    )  # built anew, not from the cache
     [error] = [r for r in claims_in_opposite_orders(postgres) if isinstance(r, Exception)]
     assert "deadlock" in str(error)
 

@@ -36,7 +36,8 @@ def test_rows_are_one_json_text_that_each_store_opens_as_a_table() -> None:
     assert rows.sql("postgresql") == (
         "jsonb_to_recordset(CAST(:u AS jsonb)) AS u(id uuid, attempt integer, at timestamptz)"
     )
-    (bound,) = rows.bind("postgresql", [("a", 1, MOMENT), ("b", 2, None)]).values()
+    bound, keys = rows.bind("postgresql", [("a", 1, MOMENT), ("b", 2, None)]).values()
+    assert keys == "{a,b}"
     assert json.loads(bound) == [
         {"id": "a", "attempt": 1, "at": "2026-03-01 12:30:15.123456+00:00"},
         {"id": "b", "attempt": 2, "at": None},
@@ -48,7 +49,7 @@ def test_rows_are_one_json_text_that_each_store_opens_as_a_table() -> None:
 
 @pytest.mark.parametrize("dialect", ["postgresql", "sqlite"])
 def test_no_rows_are_bound_as_nothing(dialect: str) -> None:
-    assert Rows(id="id", n="int").bind(dialect, []) == {"u": "[]"}
+    assert Rows(n="int").bind(dialect, []) == {"u": "[]"}
 
 
 @pytest.mark.parametrize("dialect", ["postgresql", "sqlite"])

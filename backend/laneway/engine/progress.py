@@ -27,7 +27,8 @@ def _update(dialect: str) -> sa.TextClause:
     return sa.text(
         "UPDATE jobs SET progress = u.percent, progress_message = u.message, progress_details = u.details,"  # noqa: S608
         f" version = jobs.version + 1, updated_at = :now FROM {_ROWS.sql(dialect)}"
-        " WHERE jobs.id = u.job_id AND jobs.status = 'running' AND jobs.attempt = u.attempt"
+        f" WHERE {_ROWS.match(dialect, 'jobs.id')} AND COALESCE(jobs.status, '') = 'running'"
+        " AND jobs.attempt = u.attempt"
         " AND jobs.lease_token = u.lease_token AND jobs.progress <= u.percent"
     ).bindparams(sa.bindparam("now", type_=Moment))
 

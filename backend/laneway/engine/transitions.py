@@ -286,9 +286,9 @@ _EVENTS = Rows(
 def _update(kind: type[Move], dialect: str, known_types: bool) -> tuple[sa.TextClause, Rows]:
     rule = RULES[kind.action]
     sources = ", ".join(f"'{status.value}'" for status in sorted(rule.sources))
-    # COALESCE hides the status from the planner: right after a burst its statistics say that hardly a row
-    # is queued, and it would read the whole partial index of queued rows instead of these by their key.
-    guards = ["jobs.id = u.job_id", f"COALESCE(jobs.status, '') IN ({sources})"]
+    rows = Rows(**{field.name: kind.kinds[field.name] for field in fields(kind)})
+    # COALESCE hides the status from the planner, which would choose the partial index of such rows instead.
+    guards = [rows.match(dialect, "jobs.id"), f"COALESCE(jobs.status, '') IN ({sources})"]
     if issubclass(kind, HeldMove):
         guards += ["jobs.attempt = u.attempt", "jobs.lease_token = u.lease_token"]
     if kind.guard:
@@ -298,7 +298,6 @@ def _update(kind: type[Move], dialect: str, known_types: bool) -> tuple[sa.TextC
     columns = CLAIMED if kind is Claim else RETURNED
     # Ids come back as text on both stores; JSON stays text, since whoever runs the job parses it.
     returned = ", ".join(f"CAST(jobs.{c} AS text) AS {c}" if c in _IDS else f"jobs.{c}" for c in columns)
-    rows = Rows(**{field.name: kind.kinds[field.name] for field in fields(kind)})
     sql = (
         f"UPDATE jobs SET status = '{rule.target.value}', event_seq = jobs.event_seq + 1,"  # noqa: S608
         f" version = jobs.version + 1, updated_at = :now, {kind.sets}"

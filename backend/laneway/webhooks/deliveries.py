@@ -54,7 +54,7 @@ _UPDATE_DELIVERIES = """
         last_status_code = u.status_code, last_error = u.error, delivered_at = u.delivered_at,
         lease_owner = NULL, lease_until = NULL, version = version + 1, updated_at = :now
     FROM {rows}
-    WHERE webhook_deliveries.id = u.id AND webhook_deliveries.status = 'sending'
+    WHERE {match} AND COALESCE(webhook_deliveries.status, '') = 'sending'
       AND webhook_deliveries.lease_owner = :owner
     RETURNING webhook_deliveries.id"""
 
@@ -65,7 +65,7 @@ _UPDATE_JOBS = """
         webhook_delivered = webhook_delivered OR u.delivered,
         version = version + 1, updated_at = :now
     FROM {rows}
-    WHERE jobs.id = u.id"""
+    WHERE {match}"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,6 +267,7 @@ class Deliveries:
                 )
                 for each in finished
             ],
+            key="webhook_deliveries.id",
             now=now,
             owner=self._owner,
         )
@@ -281,7 +282,7 @@ class Deliveries:
             )
         rows = [(job_id, *count) for job_id, count in sorted(counts.items()) if any(count)]
         if rows:
-            self._execute(connection, _UPDATE_JOBS, _COUNTS, rows, now=now)
+            self._execute(connection, _UPDATE_JOBS, _COUNTS, rows, key="jobs.id", now=now)
 
     def _execute(
         self,
@@ -290,11 +291,12 @@ class Deliveries:
         rows: Rows,
         values: Sequence[Sequence[object]],
         *,
+        key: str = "",
         now: datetime | None = None,
         **parameters: object,
     ) -> sa.CursorResult[sa.Row[tuple[object, ...]]]:
         dialect = self._database.dialect
-        statement = sa.text(sql.format(rows=rows.sql(dialect)))
+        statement = sa.text(sql.format(rows=rows.sql(dialect), match=rows.match(dialect, key)))
         if now is not None:
             statement = statement.bindparams(sa.bindparam("now", now, Moment))
         return connection.execute(statement, rows.bind(dialect, values) | parameters)
