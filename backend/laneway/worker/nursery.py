@@ -49,6 +49,7 @@ class Nursery:
         self._control = control
         self._registry = registry
         self._children: set[int] = set()
+        self._wake = socket.socketpair()  # as long-lived as this: signals come when the loop has ended too
 
     def serve(self) -> None:
         """Fork on request and report exits until the pool has gone; then kill what is left."""
@@ -58,11 +59,12 @@ class Nursery:
         except (BrokenPipeError, ConnectionResetError):
             pass  # the pool has gone
         finally:
+            signal.set_wakeup_fd(-1)  # the children die now, and nobody is to be woken
             for pid in self._children:
                 _kill_group(pid)
 
     def _serve(self) -> None:
-        wake_in, wake_out = socket.socketpair()
+        wake_in, wake_out = self._wake
         wake_in.setblocking(False)
         wake_out.setblocking(False)
         signal.set_wakeup_fd(wake_out.fileno(), warn_on_full_buffer=False)
