@@ -78,8 +78,8 @@ def _options() -> argparse.Namespace:
         "--placement",
         type=Placement,
         choices=list(Placement),
-        default=Placement.SPLIT,
-        help="split (default): stores on one core, all else on another; free: as the kernel likes",
+        default=Placement.FREE,
+        help="free (default): as the kernel likes; split: stores on one core, all else on another",
     )
     parser.add_argument(
         "--profile", action="store_true", help="only print where the worker's time goes (PostgreSQL)"
