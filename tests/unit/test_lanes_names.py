@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from rq import Queue
 from rq.job import Job
 
-from laneway.domain.spec import QUEUE_PATTERN, JobSpec, Priority, lane_of
-from laneway.lanes.backend import LanesUnavailable, by_lane, queue_of
+from laneway.domain.spec import QUEUE_PATTERN, JobSpec, Priority, lane_of, queue_of
+from laneway.lanes.backend import LanesUnavailable, by_lane
 from laneway.lanes.rq_lanes import queue_key
 
 queues = st.from_regex(QUEUE_PATTERN, fullmatch=True).filter(lambda name: name not in set(Priority))

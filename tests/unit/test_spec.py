@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
-from random import Random
 from typing import Any
 
 import pytest
@@ -120,14 +119,6 @@ def test_webhook_events_are_known_some_and_need_a_url() -> None:
             spec(**HOOK, webhook_events=events)
     with pytest.raises(ValidationError, match="webhook_events needs a webhook_url"):
         spec(webhook_events=["job.failed"])
-
-
-def test_the_retry_policy_is_what_was_asked_for() -> None:
-    policy = spec(
-        max_retries=2, retry_delay_seconds=3, retry_backoff=4, retry_max_delay_seconds=40, retry_jitter=False
-    ).retry_policy
-    assert policy.max_retries == 2
-    assert [policy.delay(count, rng=Random(0)) for count in range(3)] == [3, 12, 40]
 
 
 def test_a_spec_survives_its_own_json() -> None:

@@ -120,9 +120,8 @@ def _workers(database: Database, settings: Settings, now: datetime) -> Iterator[
     import sqlalchemy as sa
 
     from laneway import models
-    from laneway.domain.spec import DEFAULT_QUEUE
+    from laneway.domain.spec import DEFAULT_QUEUE, queue_of
     from laneway.domain.states import JobStatus
-    from laneway.lanes.backend import queue_of
 
     w, j = models.workers.c, models.jobs.c
     with database.read() as connection:

@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from laneway.domain.events import EventType
-from laneway.domain.retry import RetryPolicy
 
 QUEUE_PATTERN = r"^[a-z][a-z0-9_]{0,49}$"
 JOB_TYPE_PATTERN = r"^[a-z][a-z0-9_]*(\.[a-z0-9_]+)*$"
@@ -117,16 +116,6 @@ class JobSpec(BaseModel):
     @property
     def lane(self) -> str:
         return lane_of(self.queue, self.priority)
-
-    @property
-    def retry_policy(self) -> RetryPolicy:
-        return RetryPolicy(
-            self.max_retries,
-            self.retry_delay_seconds,
-            self.retry_backoff,
-            self.retry_max_delay_seconds,
-            self.retry_jitter,
-        )
 
     def starts_at(self, now: datetime) -> datetime | None:
         """When the job may start, or None for at once."""

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol
 
-from laneway.domain.spec import DEFAULT_QUEUE, Priority
 from laneway.domain.states import JobStatus
 from laneway.errors import LanewayError
 
@@ -24,8 +23,6 @@ BELL_STROKES = 64
 """How many workers may find a queue's bell rung without having been there."""
 
 LONGEST_WAIT_SECONDS = 10.0
-
-_DEFAULT_LANES = frozenset(priority.value for priority in Priority)
 
 
 class LanesUnavailable(LanewayError):
@@ -139,12 +136,6 @@ class LaneBackend(Protocol):
     def close(self) -> None:
         """Give back the connections."""
         ...
-
-
-def queue_of(lane: str) -> str:
-    """The queue a lane belongs to: `default` for `high`, `emails` for `emails-high` and `emails`."""
-    queue, _, _ = lane.partition("-")
-    return DEFAULT_QUEUE if queue in _DEFAULT_LANES else queue
 
 
 def by_lane(items: Iterable[tuple[str, str]]) -> dict[str, list[str]]:

@@ -6,7 +6,8 @@ import threading
 from collections import Counter, defaultdict, deque
 from collections.abc import Sequence
 
-from laneway.lanes.backend import BELL_STROKES, LONGEST_WAIT_SECONDS, Backlog, EndedRun, by_lane, queue_of
+from laneway.domain.spec import queue_of
+from laneway.lanes.backend import BELL_STROKES, LONGEST_WAIT_SECONDS, Backlog, EndedRun, by_lane
 
 
 class MemoryLanes:

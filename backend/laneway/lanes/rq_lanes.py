@@ -27,6 +27,7 @@ from redis.commands.core import Script
 from redis.retry import Retry
 
 from laneway.clock import Clock
+from laneway.domain.spec import queue_of
 from laneway.domain.states import JobStatus
 from laneway.lanes.backend import (
     BELL_STROKES,
@@ -35,7 +36,6 @@ from laneway.lanes.backend import (
     EndedRun,
     LanesUnavailable,
     by_lane,
-    queue_of,
 )
 from laneway.log import get_logger
 
