@@ -75,7 +75,8 @@ def exchange(
     ]
 
     def commit(batch: Sequence[Move]) -> list[MoveOutcome]:
-        with database.write() as connection:
+        only_claims = not any(isinstance(move, HeldMove) for move in batch)
+        with database.write_once() if only_claims else database.write() as connection:
             progress.save(connection, [news[m.job_id] for m in batch if m.job_id in news], now=now)
             return carry_out(
                 connection,

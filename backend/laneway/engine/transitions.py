@@ -297,12 +297,23 @@ def _update(kind: type[Move], dialect: str, known_types: bool) -> tuple[sa.TextC
         guards.append(f"jobs.job_type IN {any_of(dialect, 'job_types')}")
     columns = CLAIMED if kind is Claim else RETURNED
     # Ids come back as text on both stores; JSON stays text, since whoever runs the job parses it.
-    returned = ", ".join(f"CAST(jobs.{c} AS text) AS {c}" if c in _IDS else f"jobs.{c}" for c in columns)
+    read = ", ".join(f"CAST({c} AS text) AS {c}" if c in _IDS else c for c in columns)
+    own = ", ".join(f"jobs.{c}" for c in columns)
     sql = (
         f"UPDATE jobs SET status = '{rule.target.value}', event_seq = jobs.event_seq + 1,"  # noqa: S608
         f" version = jobs.version + 1, updated_at = :now, {kind.sets}"
-        f" FROM {rows.sql(dialect)} WHERE {' AND '.join(guards)} RETURNING {returned}"
+        f" FROM {rows.sql(dialect)} WHERE {' AND '.join(guards)} RETURNING {own}"
     )
+    if dialect == "postgresql":  # one statement, so that it may commit by itself (db.Database.write_once)
+        told = {"actor": "u.by" if "by" in rows.columns else "CAST(:actor AS text)"}
+        told |= {name: f"u.{name}" if name in rows.columns else "NULL" for name in ("reason", "error")}
+        sql = (
+            f"WITH moved AS ({sql}, {', '.join(f'{value} AS told_{name}' for name, value in told.items())}),"  # noqa: S608
+            " told AS (INSERT INTO job_events"
+            " (job_id, seq, tenant_id, action, status, attempt, actor, reason, error, at)"
+            f" SELECT id, event_seq, tenant_id, '{kind.action.value}', '{rule.target.value}', attempt,"
+            f" told_actor, told_reason, told_error, :now FROM moved) SELECT {read} FROM moved"
+        )
     return sa.text(sql).bindparams(sa.bindparam("now", type_=Moment)), rows
 
 
@@ -343,6 +354,8 @@ def apply(
         parameters = rows.bind(dialect, [tuple(getattr(m, name) for name in rows.columns) for m in chosen])
         if known:
             parameters["job_types"] = listed(dialect, job_types or ())
+        if dialect == "postgresql" and "by" not in rows.columns:
+            parameters["actor"] = actor
         rule = RULES[kind.action]
         for row in connection.execute(statement, {"now": now, **parameters}).mappings():
             index = places[row["id"]]
@@ -361,7 +374,7 @@ def apply(
                     getattr(move, "error", None),
                 )
             )
-    if events:
+    if events and dialect != "postgresql":
         connection.execute(_insert_events(dialect), {"now": now, **_EVENTS.bind(dialect, events)})
     if len(won) == len(moves):
         return [won[index] for index in range(len(moves))]
