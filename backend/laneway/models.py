@@ -6,6 +6,8 @@ CHECK and UNIQUE, so that no code, ours or an operator's, can break it.
 
 from __future__ import annotations
 
+from uuid import UUID
+
 import sqlalchemy as sa
 
 from laneway.db import Id, Json, Moment, utc_now
@@ -48,6 +50,8 @@ tenants = sa.Table(
     sa.Column("name", sa.String(100), nullable=False, unique=True),
     # The secret that signs what goes to a job's own webhook_url, encrypted (webhooks/secrets.py).
     sa.Column("webhook_secret", sa.Text, nullable=False),
+    sa.Column("old_webhook_secrets", Json, nullable=False, server_default="[]"),  # [{"sealed", "expires_at"}]
+    sa.Column("webhook_signing_key", sa.Text),  # ed25519, sealed; made when an endpoint first wants v1a
     sa.Column("created_by", sa.String(100), nullable=False),
     sa.Column("version", sa.Integer, nullable=False, server_default="1"),
     sa.Column("created_at", Moment, nullable=False, server_default=utc_now()),
@@ -213,17 +217,81 @@ workers = sa.Table(
     postgresql_with={"fillfactor": 50},  # beats touch no indexed column: HOT updates
 )
 
+# What receivers registered, beside the `webhook_url` of single jobs.
+webhook_endpoints = sa.Table(
+    "webhook_endpoints",
+    metadata,
+    sa.Column("id", Id, primary_key=True),
+    *_owned(),
+    sa.Column("url", sa.String(2048), nullable=False),
+    sa.Column("description", sa.String(500)),
+    sa.Column("event_types", Json, nullable=False),  # names and globs: ["job.*"]
+    sa.Column("filters", Json, nullable=False),  # {"queues": […], "job_types": […], "tags": […]}; {} is all
+    sa.Column("format", sa.String(12), nullable=False),
+    sa.Column("status", sa.String(10), nullable=False),
+    sa.Column("disabled_reason", sa.String(20)),
+    sa.Column("disabled_at", Moment),
+    sa.Column("enabled_at", Moment, nullable=False),  # failures before this do not count
+    # Sealed (webhooks/secrets.py): the newest secret, [{"sealed", "expires_at"}] of those in their grace,
+    # and what goes along or proves who we are.
+    sa.Column("secret", sa.Text, nullable=False),
+    sa.Column("old_secrets", Json, nullable=False),
+    sa.Column("headers", sa.Text),  # a JSON object
+    sa.Column("client_certificate", sa.Text),  # PEM: certificate, then key
+    sa.Column("ca_certificate", sa.Text),  # PEM, not secret
+    sa.Column("sign_with", sa.String(4), nullable=False),
+    sa.Column("timeout_seconds", sa.Float, nullable=False),
+    sa.Column("retry_schedule", Json, nullable=False),  # seconds before each retry
+    sa.Column("max_in_flight", sa.Integer, nullable=False),
+    sa.Column("max_per_second", sa.Float),
+    sa.Column("in_order", sa.Boolean, nullable=False),  # one job's messages one after the other
+    sa.CheckConstraint("format IN ('standard', 'cloudevents', 'thin')", name="format"),
+    sa.CheckConstraint("status IN ('enabled', 'paused', 'disabled')", name="status"),
+    sa.CheckConstraint("(status = 'disabled') = (disabled_at IS NOT NULL)", name="disabled_has_time"),
+    sa.CheckConstraint("sign_with IN ('v1', 'v1a', 'both')", name="sign_with"),
+    sa.Index("ix_webhook_endpoints_tenant_id_id", "tenant_id", "id"),
+)
+
+# How a target has been answering: a registered endpoint, or one tenant's way to one origin
+# (webhooks/health.py). No row means: nothing bad is known. Couriers write it, callers never do.
+webhook_health = sa.Table(
+    "webhook_health",
+    metadata,
+    sa.Column("target_id", Id, primary_key=True),
+    *_owned(),
+    sa.Column("consecutive_failures", sa.Integer, nullable=False),
+    sa.Column("failing_since", Moment),
+    sa.Column("last_failure_at", Moment),
+    sa.Column("last_success_at", Moment),
+    sa.Column("opened", sa.Integer, nullable=False),  # how often the breaker opened since the last success
+    sa.Column("blocked_until", Moment),
+    sa.Column("blocked_reason", sa.String(12)),
+    sa.Column("warned_percent", sa.Integer, nullable=False),  # of the way to being disabled
+    sa.CheckConstraint("(blocked_until IS NULL) = (blocked_reason IS NULL)", name="blocked_has_reason"),
+    sa.Index(
+        "ix_webhook_health_blocked",
+        "blocked_until",
+        postgresql_where=sa.text("blocked_until IS NOT NULL"),
+        sqlite_where=sa.text("blocked_until IS NOT NULL"),
+    ),
+    postgresql_with={"fillfactor": 50},
+)
+
 webhook_messages = sa.Table(
     "webhook_messages",
     metadata,
     sa.Column("id", sa.String(40), primary_key=True),  # msg_…, the webhook-id of every try
     *_owned(),
-    sa.Column("job_id", Id, nullable=False),
-    sa.Column("job_seq", sa.Integer, nullable=False),  # job_events.seq of the transition it tells of
+    sa.Column("job_id", Id),  # NULL: it tells of no job
+    sa.Column("job_seq", sa.Integer),  # job_events.seq of the transition it tells of; NULL: of none
     sa.Column("event_type", sa.String(50), nullable=False),
-    sa.Column("payload", sa.LargeBinary, nullable=False),  # the exact bytes that are signed and sent
+    sa.Column("payload", sa.LargeBinary),  # the exact bytes, in the standard format; NULL once pruned
     sa.UniqueConstraint("job_id", "job_seq", "event_type"),
+    sa.Index("ix_webhook_messages_tenant_id_created_at", "tenant_id", "created_at"),
+    sa.Index("ix_webhook_messages_created_at", "created_at"),
 )
+
+_OPEN_DELIVERY = "status IN ('pending', 'retrying')"
 
 webhook_deliveries = sa.Table(
     "webhook_deliveries",
@@ -231,27 +299,48 @@ webhook_deliveries = sa.Table(
     sa.Column("id", Id, primary_key=True),
     *_owned(),
     sa.Column("message_id", sa.String(40), sa.ForeignKey("webhook_messages.id"), nullable=False),
-    sa.Column("job_id", Id, nullable=False),
+    sa.Column("job_id", Id),
+    sa.Column("endpoint_id", Id),  # NULL: a job's own webhook_url
+    # Whose health counts: the endpoint, or tenant and origin. The default was written by older releases.
+    sa.Column("target_id", Id, nullable=False, server_default=str(UUID(int=0))),
+    sa.Column("channel", sa.String(10), nullable=False, server_default="webhook"),
     sa.Column("url", sa.String(2048), nullable=False),
+    sa.Column("trigger", sa.String(10), nullable=False, server_default="auto"),
+    sa.Column("priority", sa.Integer, nullable=False, server_default="0"),  # 0 live, 1 recovered
     sa.Column("status", sa.String(12), nullable=False),
     sa.Column("attempt_count", sa.Integer, nullable=False, server_default="0"),
     sa.Column("max_attempts", sa.Integer, nullable=False),
+    sa.Column("retry_schedule", Json, nullable=False, server_default="[5.0,60.0]"),  # as of an endpoint
     sa.Column("next_at", Moment, nullable=False),
+    sa.Column("give_up_at", Moment),  # however few attempts were made
     sa.Column("lease_owner", Id),
     sa.Column("lease_until", Moment),
     sa.Column("last_status_code", sa.Integer),
     sa.Column("last_error", sa.String(500)),
     sa.Column("delivered_at", Moment),
-    sa.UniqueConstraint("message_id", "url"),
-    sa.CheckConstraint("status IN ('pending', 'sending', 'retrying', 'delivered', 'dead')", name="status"),
+    sa.UniqueConstraint("message_id", "target_id", "url"),
+    sa.CheckConstraint(
+        "status IN ('pending', 'sending', 'retrying', 'delivered', 'dead', 'cancelled',"
+        " 'superseded', 'skipped')",
+        name="status",
+    ),
+    sa.CheckConstraint("channel IN ('webhook', 'email', 'log')", name="channel"),
+    sa.CheckConstraint("trigger IN ('auto', 'manual', 'recover', 'test')", name="trigger"),
     sa.CheckConstraint("(status = 'sending') = (lease_owner IS NOT NULL)", name="sending_has_owner"),
     sa.CheckConstraint("(status = 'delivered') = (delivered_at IS NOT NULL)", name="delivered_has_time"),
     sa.Index(
         "ix_webhook_deliveries_due",
+        "priority",
         "next_at",
         "id",
-        postgresql_where=sa.text("status IN ('pending', 'retrying')"),
-        sqlite_where=sa.text("status IN ('pending', 'retrying')"),
+        postgresql_where=sa.text(_OPEN_DELIVERY),
+        sqlite_where=sa.text(_OPEN_DELIVERY),
+    ),
+    sa.Index(
+        "ix_webhook_deliveries_open_target",
+        "target_id",
+        postgresql_where=sa.text(_OPEN_DELIVERY),
+        sqlite_where=sa.text(_OPEN_DELIVERY),
     ),
     sa.Index(
         "ix_webhook_deliveries_sending",
@@ -260,6 +349,8 @@ webhook_deliveries = sa.Table(
         sqlite_where=sa.text("status = 'sending'"),
     ),
     sa.Index("ix_webhook_deliveries_job_id", "job_id"),
+    sa.Index("ix_webhook_deliveries_tenant_id_id", "tenant_id", "id"),
+    sa.Index("ix_webhook_deliveries_endpoint_id_id", "endpoint_id", "id"),
     postgresql_with={"fillfactor": 70},
 )
 
@@ -270,11 +361,47 @@ webhook_attempts = sa.Table(
     *_owned(),
     sa.Column("delivery_id", Id, sa.ForeignKey("webhook_deliveries.id"), nullable=False),
     sa.Column("number", sa.Integer, nullable=False),  # counted from 1
+    sa.Column("trigger", sa.String(10), nullable=False, server_default="auto"),
     sa.Column("started_at", Moment, nullable=False),
+    sa.Column("remote_ip", sa.String(45)),
     sa.Column("status_code", sa.Integer),
     sa.Column("error_class", sa.String(20)),
     sa.Column("error", sa.String(500)),
+    sa.Column("dns_ms", sa.Integer),  # NULL: it was not needed, or never got there
+    sa.Column("connect_ms", sa.Integer),  # with the TLS handshake
+    sa.Column("first_byte_ms", sa.Integer),
     sa.Column("total_ms", sa.Integer, nullable=False),
+    sa.Column("request_bytes", sa.Integer),
+    sa.Column("response_headers", Json),
     sa.Column("response_body", sa.Text),  # at most 4 KiB
+    sa.Column("response_truncated", sa.Boolean, nullable=False, server_default=sa.false()),
     sa.UniqueConstraint("delivery_id", "number"),
+)
+
+# A bulk replay under way: it survives whoever works at it.
+webhook_recoveries = sa.Table(
+    "webhook_recoveries",
+    metadata,
+    sa.Column("id", Id, primary_key=True),
+    *_owned(),
+    sa.Column("endpoint_id", Id, nullable=False),
+    sa.Column("mode", sa.String(10), nullable=False),
+    sa.Column("since", Moment, nullable=False),
+    sa.Column("until", Moment, nullable=False),
+    sa.Column("per_second", sa.Float, nullable=False),
+    sa.Column("status", sa.String(10), nullable=False),
+    sa.Column("place", sa.String(40)),  # the last message looked at
+    sa.Column("place_at", Moment),
+    sa.Column("queued", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("finished_at", Moment),
+    sa.CheckConstraint("mode IN ('failed', 'missing', 'all')", name="mode"),
+    sa.CheckConstraint("status IN ('running', 'done', 'cancelled')", name="status"),
+    sa.CheckConstraint("(status = 'running') = (finished_at IS NULL)", name="ended_has_time"),
+    sa.Index("ix_webhook_recoveries_tenant_id_id", "tenant_id", "id"),
+    sa.Index(
+        "ix_webhook_recoveries_running",
+        "id",
+        postgresql_where=sa.text("status = 'running'"),
+        sqlite_where=sa.text("status = 'running'"),
+    ),
 )

@@ -1,0 +1,153 @@
+"""How a receiver has been answering, and what follows: its pace, its pauses, its end.
+
+Pure rules over one record a *target*: a registered endpoint, or one tenant's way to one origin for the
+URLs that single jobs name. Couriers share the records through the database (`webhook_health`).
+
+The pace is an adaptive cap on attempts in flight: one more for each success, half of it on each failure
+(additive increase, multiplicative decrease: Chiu and Jain, Computer Networks 1989). A fixed cap is not
+enough: fifty receivers that hang, at eight attempts each, take every slot that a courier has.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from enum import StrEnum
+from http import HTTPStatus
+from uuid import UUID, uuid5
+
+from laneway.webhooks.retries import Answer, ErrorClass, retry_after_seconds
+
+FIRST_CAP = 2
+SUSPECT_FAILURES = 3  # in a row: from here on a target shares a quarter of the slots with all such
+BREAKER_FAILURES = 5  # in a row, of the kind that time heals
+BREAKER_SECONDS = 30.0
+BREAKER_MAX_SECONDS = 900.0
+DISABLE_AFTER = timedelta(days=5)
+DISABLE_SPREAD = timedelta(hours=12)  # between the first and the last failure, however few there are
+WARN_PERCENTS = (50, 70, 90)
+
+_ORIGINS = UUID("6f0c4a8e-6d5b-5b63-9c43-3a0f9c1f6f0a")
+
+
+class BlockedReason(StrEnum):
+    """Why nothing is sent to a target for a while."""
+
+    BREAKER = "breaker"
+    RETRY_AFTER = "retry_after"
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """What is known of one target; the default is that of a target nothing is known of."""
+
+    consecutive_failures: int = 0
+    failing_since: datetime | None = None
+    last_failure_at: datetime | None = None
+    last_success_at: datetime | None = None
+    opened: int = 0  # how often the breaker opened since the last success
+    blocked_until: datetime | None = None
+    blocked_reason: BlockedReason | None = None
+    warned_percent: int = 0
+
+    @property
+    def suspect(self) -> bool:
+        return self.consecutive_failures >= SUSPECT_FAILURES
+
+    @property
+    def worth_keeping(self) -> bool:
+        """Whether it says more than a target's absence from the table."""
+        return self != Health(last_success_at=self.last_success_at)
+
+
+def origin(url: str) -> str:
+    """What one receiver's URLs have in common: `https://host:port/` of a canonical URL."""
+    end = url.find("/", len("https://"))
+    return url if end < 0 else url[: end + 1]
+
+
+def target_of(tenant_id: str, url: str) -> str:
+    """The target of a job's own `webhook_url`: one a tenant and origin, so that unique paths share it."""
+    return str(uuid5(_ORIGINS, f"{tenant_id}|{origin(url)}"))
+
+
+def after(health: Health, answer: Answer, *, now: datetime) -> Health:
+    """The health once `answer` came.
+
+    Any failure counts towards disabling. Only what time heals (no connection, no answer, 5xx, 429) opens
+    the breaker: 404 and its kin say that the receiver is there. The pause doubles from 30 s to 15 minutes
+    for each probe that fails. A Retry-After of a 429 or 503 pauses the target for as long as it asks.
+    """
+    if answer.error_class is None:
+        return Health(last_success_at=now)
+    failures = health.consecutive_failures + 1
+    failed = replace(
+        health,
+        consecutive_failures=failures,
+        failing_since=health.failing_since or now,
+        last_failure_at=now,
+    )
+    until, reason = _pause(health, answer, failures, now=now)
+    if until is None or (health.blocked_until is not None and health.blocked_until >= until):
+        return failed
+    opened = health.opened + (reason is BlockedReason.BREAKER)
+    return replace(failed, blocked_until=until, blocked_reason=reason, opened=opened)
+
+
+def _pause(
+    health: Health, answer: Answer, failures: int, *, now: datetime
+) -> tuple[datetime | None, BlockedReason | None]:
+    if asks_to_wait(answer, now=now):
+        seconds = retry_after_seconds(answer.retry_after, now=now)
+        return now + timedelta(seconds=seconds), BlockedReason.RETRY_AFTER
+    already = health.blocked_until is not None and health.blocked_until > now  # others were in flight
+    if failures >= BREAKER_FAILURES and _time_may_heal(answer) and not already:
+        seconds = min(BREAKER_SECONDS * 2.0 ** min(health.opened, 20), BREAKER_MAX_SECONDS)
+        return now + timedelta(seconds=seconds), BlockedReason.BREAKER
+    return None, None
+
+
+def asks_to_wait(answer: Answer, *, now: datetime) -> bool:
+    """Whether the receiver asked for a pause (429 or 503 with Retry-After): such an attempt is not charged."""
+    busy = answer.status_code in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
+    return busy and retry_after_seconds(answer.retry_after, now=now) > 0
+
+
+def _time_may_heal(answer: Answer) -> bool:
+    match answer.error_class:
+        case ErrorClass.HTTP_4XX:
+            return answer.status_code in (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS)
+        case ErrorClass.SSRF_BLOCKED | ErrorClass.REDIRECT:
+            return False
+        case _:
+            return True
+
+
+def next_cap(cap: int, answer: Answer, *, most: int) -> int:
+    """The cap on attempts in flight after `answer`: 1 to `most`."""
+    return min(cap + 1, most) if answer.error_class is None else max(cap // 2, 1)
+
+
+def first_cap(health: Health, *, most: int) -> int:
+    """The cap a courier starts with: one at a time for a target known to fail, so that it is probed."""
+    return 1 if health.suspect or health.blocked_reason is not None else min(FIRST_CAP, most)
+
+
+def percent_to_disabling(health: Health, *, enabled_at: datetime, now: datetime) -> int:
+    """How far a failing endpoint is on its way to being disabled: 0 to 100.
+
+    100 after five days without a success in which it failed, and failed again at least twelve hours later.
+    """
+    if health.failing_since is None or health.last_failure_at is None:
+        return 0
+    since = max(health.failing_since, enabled_at)
+    percent = int(100 * min((now - since) / DISABLE_AFTER, 1.0))
+    if percent >= 100 and health.last_failure_at - since < DISABLE_SPREAD:
+        return 99
+    return max(percent, 0)
+
+
+def due_warning(health: Health, percent: int) -> int | None:
+    """The warning of WARN_PERCENTS that `percent` reached and nobody has been told yet."""
+    reached = [step for step in WARN_PERCENTS if health.warned_percent < step <= percent]
+    return reached[-1] if reached else None
