@@ -185,7 +185,7 @@ def _events() -> Iterable[str]:
     from laneway import models
     from laneway.domain.events import DEFAULT_WEBHOOK_EVENTS, EVENT_OF
     from laneway.domain.states import JobStatus
-    from laneway.engine.outcomes import webhook_data
+    from laneway.engine.telling import webhook_data
     from laneway.webhooks.messages import MAX_PAYLOAD_BYTES
 
     yield "# Events"

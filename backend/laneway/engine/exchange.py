@@ -96,7 +96,7 @@ def exchange(
             done.refused.append((job, outcome))
         elif isinstance(outcome, Applied):
             due = getattr(move, "next_retry_at", None)
-            done.settled.append(Settled(job, outcome.status, due, bool(outcome.row["webhook_url"])))
+            done.settled.append(Settled(job, outcome.status, due, outcome.told))
         else:
             done.stale.append(job)
     for claim, outcome in zip(claims, outcomes[len(moves) :], strict=True):

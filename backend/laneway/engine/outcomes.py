@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from random import Random
 from typing import Any
 
 import sqlalchemy as sa
 
-from laneway import models
-from laneway.domain.events import DEFAULT_WEBHOOK_EVENTS, EVENT_OF
 from laneway.domain.retry import RetryPolicy, crash_delay
 from laneway.domain.spec import MAX_SECONDS
 from laneway.domain.states import JobStatus
 from laneway.engine import transitions
 from laneway.engine.endings import Cancelled, Crashed, Ending, Raised, Returned, TimedOut, Unfinished
-from laneway.engine.queries import view
+from laneway.engine.telling import tell
 from laneway.engine.transitions import Applied, BackOff, HeldMove, Move, Outcome, Release, Stop
-from laneway.webhooks.messages import EndedJob, record
 
 MAX_ERROR_MESSAGE = 2_000
 MAX_TRACEBACK = 16_000
@@ -139,8 +136,8 @@ def carry_out(
     """
     outcomes = transitions.apply(connection, moves, now=now, actor=actor, job_types=job_types)
     _stop_instead(connection, outcomes, now=now, actor=actor)
-    _tell(connection, (o for o in outcomes if isinstance(o, Applied)), now=now)
-    return outcomes
+    told = tell(connection, [o for o in outcomes if isinstance(o, Applied)], now=now)
+    return [replace(o, told=True) if isinstance(o, Applied) and o.row["id"] in told else o for o in outcomes]
 
 
 def _stop_instead(connection: sa.Connection, outcomes: list[Outcome], *, now: datetime, actor: str) -> None:
@@ -156,40 +153,3 @@ def _stop_instead(connection: sa.Connection, outcomes: list[Outcome], *, now: da
         for place, outcome in zip(stops, made, strict=True):
             if isinstance(outcome, Applied):
                 outcomes[place] = outcome
-
-
-def _tell(connection: sa.Connection, applied: Iterable[Applied], *, now: datetime) -> None:
-    """Write the webhook messages of the jobs that ended."""
-    ends = {a.row["id"]: a for a in applied if a.row["webhook_url"] and a.status in EVENT_OF}
-    if not ends:
-        return
-    rows = connection.execute(sa.select(models.jobs).where(models.jobs.c.id.in_(ends))).mappings()
-    messages = []
-    for row in rows:
-        end = ends[row["id"]]
-        event = EVENT_OF[end.status]
-        if event in (row["webhook_events"] or DEFAULT_WEBHOOK_EVENTS):
-            messages.append(
-                EndedJob(
-                    tenant_id=row["tenant_id"],
-                    job_id=row["id"],
-                    job_seq=end.row["event_seq"],
-                    event_type=event,
-                    url=row["webhook_url"],
-                    data=webhook_data(row),
-                    created_by=row["created_by"],
-                )
-            )
-    if messages:
-        record(connection, messages, now=now)
-
-
-def webhook_data(row: sa.RowMapping) -> dict[str, Any]:
-    """What a receiver learns of a job: its answer from `GET /jobs/{id}`, without parameters and traceback."""
-    data = view(row)
-    job_id = data.pop("id")
-    for name in ("parameters", "webhook_delivered", "webhook_attempts", "cancelling", "worker"):
-        data.pop(name)
-    if data["error"]:
-        data["error"] = data["error"] | {"traceback": None}
-    return {"job_id": job_id, **data}

@@ -296,7 +296,7 @@ class JobService:
         else:
             self.news.wished()
         self.news.changed([job_id])
-        if row["webhook_url"]:
+        if isinstance(outcome, Applied) and outcome.told:
             self.news.ring_courier()
         return CancelAnswer(job, done)
 

@@ -235,6 +235,7 @@ class Applied:
 
     move: Move
     row: sa.RowMapping
+    told: bool = False  # somebody is sent a webhook about it
 
     @property
     def status(self) -> JobStatus:

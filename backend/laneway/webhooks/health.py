@@ -108,7 +108,7 @@ def _pause(
 
 
 def asks_to_wait(answer: Answer, *, now: datetime) -> bool:
-    """Whether the receiver asked for a pause (429 or 503 with Retry-After): such an attempt is not charged."""
+    """Whether the receiver asked for a pause: 429 or 503 with Retry-After. It is not charged."""
     busy = answer.status_code in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
     return busy and retry_after_seconds(answer.retry_after, now=now) > 0
 

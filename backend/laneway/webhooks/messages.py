@@ -1,8 +1,8 @@
-"""The outbox: what a job's end has to tell, written in the transaction that ends it.
+"""The outbox: what an event has to tell, written in the transaction that makes it happen.
 
 Either both are committed or neither is, so no end of a job goes untold whatever dies next; after the
-commit a courier has it. The id is derived from what happened, and UNIQUE makes a second writing of the
-same end change nothing.
+commit a courier has it. The id is derived from what happened, so that writing the same event a second
+time changes nothing.
 """
 
 from __future__ import annotations
@@ -10,72 +10,102 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
 from laneway.clock import new_id
+from laneway.domain.events import EventType
 from laneway.models import webhook_deliveries, webhook_messages
-from laneway.webhooks.retries import MAX_ATTEMPTS, DeliveryStatus
+from laneway.webhooks.health import target_of
+from laneway.webhooks.retries import QUICK_SECONDS, DeliveryStatus
+from laneway.webhooks.subscriptions import Subscriber
 
 WAKE_CHANNEL = "laneway:courier"
 """Publish anything here after the commit, best effort: couriers that slept look for work."""
 
 MAX_PAYLOAD_BYTES = 256 * 1024
 
+d = webhook_deliveries.c
+
+
+GIVE_UP_AFTER = timedelta(hours=72)  # beyond its schedule: how long pauses may hold a delivery up
+PROGRESS_TTL = timedelta(seconds=60)
+PROGRESS_SCHEDULE = (5.0,)
+
 
 @dataclass(frozen=True, slots=True)
-class EndedJob:
-    """One end of one job that somebody wants to hear of.
+class Target:
+    """Where a message goes: an endpoint, or a job's own `webhook_url` in its canonical spelling."""
 
-    `url` is the canonical spelling (`guard.Target.url`). `data` is the payload's `data`, ready for JSON;
-    its `result`, when it has one, may be of any size, the rest is taken to be small.
+    id: str  # whose health counts (webhooks/health.py)
+    url: str
+    endpoint_id: str | None = None
+    retry_schedule: Sequence[float] = QUICK_SECONDS
+    skipped: bool = False  # the endpoint is disabled: noted for a replay, not sent
+
+    @classmethod
+    def own(cls, tenant_id: str, url: str) -> Target:
+        """A job's own URL."""
+        return cls(target_of(tenant_id, url), url)
+
+    @classmethod
+    def endpoint(cls, subscriber: Subscriber) -> Target:
+        return cls(
+            subscriber.id,
+            subscriber.url,
+            subscriber.id,
+            subscriber.retry_schedule,
+            skipped=subscriber.status == "disabled",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """Something that happened, and whom it is told. `data` is the payload's, ready for JSON.
+
+    Its `result`, when it has one, may be of any size, the rest is taken to be small. What is told of a
+    job names the transition: `job_seq` is its `job_events.seq`, None for progress.
     """
 
+    id: str
     tenant_id: str
-    job_id: str
-    job_seq: int  # job_events.seq of the transition
     event_type: str
-    url: str
     data: dict[str, Any]
     created_by: str
+    targets: Sequence[Target]
+    job_id: str | None = None
+    job_seq: int | None = None
 
 
-def record(connection: sa.Connection, ended: Sequence[EndedJob], *, now: datetime) -> int:
-    """How many messages are new: each is written with the delivery that will carry it to its URL.
+def record(connection: sa.Connection, told: Sequence[Told], *, now: datetime) -> int:
+    """How many messages are new: each is written with the deliveries that will carry it.
 
-    Runs inside the caller's transaction. Ends that were recorded before are passed over.
+    Runs inside the caller's transaction. What was recorded before is passed over.
     """
-    if not ended:
-        return 0
-    messages, deliveries = [], []
-    for each in ended:
+    messages: list[dict[str, Any]] = []
+    deliveries: list[dict[str, Any]] = []
+    for each in told:
+        if not each.targets:
+            continue
         owned = {"tenant_id": each.tenant_id, "created_by": each.created_by, "job_id": each.job_id}
-        identity = message_id(each.job_id, each.job_seq, each.event_type)
         messages.append(
             owned
             | {
-                "id": identity,
+                "id": each.id,
                 "job_seq": each.job_seq,
                 "event_type": each.event_type,
                 "payload": payload(each.event_type, each.data, at=now),
+                "created_at": now,
             }
         )
-        deliveries.append(
-            owned
-            | {
-                "id": new_id(),
-                "message_id": identity,
-                "url": each.url,
-                "status": DeliveryStatus.PENDING.value,
-                "max_attempts": MAX_ATTEMPTS,
-                "next_at": now,
-            }
-        )
+        deliveries += [owned | _delivery(each, target, now=now) for target in each.targets]
+    if not messages:
+        return 0
     insert = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
     new = connection.execute(
         insert(webhook_messages).on_conflict_do_nothing(),
@@ -86,9 +116,47 @@ def record(connection: sa.Connection, ended: Sequence[EndedJob], *, now: datetim
     return new.rowcount
 
 
-def message_id(job_id: str, job_seq: int, event_type: str) -> str:
-    """`msg_` and 26 characters: the same for the same end of the same job, and without a dot."""
-    digest = hashlib.sha256(f"{job_id}|{job_seq}|{event_type}".encode()).digest()
+def _delivery(told: Told, target: Target, *, now: datetime) -> dict[str, Any]:
+    schedule = list(target.retry_schedule)
+    give_up_at = now + timedelta(seconds=sum(schedule)) + GIVE_UP_AFTER
+    if told.event_type == EventType.JOB_PROGRESS:
+        schedule, give_up_at = list(PROGRESS_SCHEDULE), now + PROGRESS_TTL
+    return {
+        "id": new_id(),
+        "message_id": told.id,
+        "endpoint_id": target.endpoint_id,
+        "target_id": target.id,
+        "url": target.url,
+        "status": (DeliveryStatus.SKIPPED if target.skipped else DeliveryStatus.PENDING).value,
+        "max_attempts": len(schedule) + 1,
+        "retry_schedule": schedule,
+        "next_at": now,
+        "give_up_at": give_up_at,
+        "created_at": now,
+    }
+
+
+def supersede_progress(connection: sa.Connection, job_ids: Collection[str], *, now: datetime) -> None:
+    """Progress that still waits to be told is not: the job has ended, or got further."""
+    waiting = (
+        sa.select(d.id)
+        .join(webhook_messages, webhook_messages.c.id == d.message_id)
+        .where(
+            d.job_id.in_(job_ids),
+            d.status.in_((DeliveryStatus.PENDING, DeliveryStatus.RETRYING)),
+            webhook_messages.c.event_type == EventType.JOB_PROGRESS,
+        )
+    )
+    connection.execute(
+        sa.update(webhook_deliveries)
+        .where(d.id.in_(waiting))
+        .values(status=DeliveryStatus.SUPERSEDED.value, version=d.version + 1, updated_at=now)
+    )
+
+
+def message_id(subject: str, happening: int | str, event_type: str) -> str:
+    """`msg_` and 26 characters: the same for the same happening of the same subject, and without a dot."""
+    digest = hashlib.sha256(f"{subject}|{happening}|{event_type}".encode()).digest()
     return "msg_" + base64.b32encode(digest).decode("ascii")[:26].lower()
 
 

@@ -12,7 +12,9 @@ from random import Random
 QUICK_SECONDS = (5.0, 60.0)
 """The waits after the first and the second attempt: the schedule of a job's own `webhook_url`."""
 
-MAX_ATTEMPTS = len(QUICK_SECONDS) + 1
+STANDARD_SECONDS = (5.0, 300.0, 1800.0, 7200.0, 18000.0, 36000.0, 50400.0, 72000.0, 86400.0)
+"""The schedule of registered endpoints: ten attempts over 75 hours (Standard Webhooks' example)."""
+
 JITTER = 0.2
 MAX_RETRY_AFTER_SECONDS = 24 * 3600
 
@@ -25,6 +27,9 @@ class DeliveryStatus(StrEnum):
     RETRYING = "retrying"  # waits for `next_at`
     DELIVERED = "delivered"  # answered 2xx
     DEAD = "dead"  # given up
+    CANCELLED = "cancelled"  # its endpoint was disabled or deleted
+    SUPERSEDED = "superseded"  # progress that was overtaken
+    SKIPPED = "skipped"  # its endpoint was disabled when it happened
 
 
 class ErrorClass(StrEnum):
