@@ -18,7 +18,7 @@ from laneway.db import Database
 from laneway.models import jobs, tenants, webhook_attempts, webhook_deliveries
 from laneway.settings import Settings
 from laneway.webhooks.courier import Courier
-from laneway.webhooks.messages import EndedJob, record
+from laneway.webhooks.messages import Target, Told, message_id, record
 from laneway.webhooks.secrets import SecretBox, new_webhook_secret, tenant_context
 from servers import wait_until
 
@@ -76,7 +76,16 @@ class Office:
             "progress": 100,
             "finished_at": now,
         }
-        end = EndedJob(self.tenant_id, job_id, 3, "job.completed", url, {"job_id": job_id} | data, "alice")
+        end = Told(
+            message_id(job_id, 3, "job.completed"),
+            self.tenant_id,
+            "job.completed",
+            {"job_id": job_id} | data,
+            "alice",
+            [Target.own(self.tenant_id, url)],
+            job_id,
+            3,
+        )
         with self.database.write() as connection:
             connection.execute(sa.insert(jobs).values(job))
             record(connection, [end], now=now)

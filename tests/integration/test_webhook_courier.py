@@ -17,13 +17,13 @@ from laneway.webhooks import courier as courier_module
 from laneway.webhooks.courier import MAX_IN_FLIGHT_PER_ORIGIN
 from laneway.webhooks.deliveries import Deliveries, Finished, Room
 from laneway.webhooks.messages import WAKE_CHANNEL
-from laneway.webhooks.retries import Answer, DeliveryStatus, Verdict
+from laneway.webhooks.retries import Answer, DeliveryStatus, Timings, Verdict
 from laneway.webhooks.secrets import SecretBox, new_webhook_secret, tenant_context
 from servers import PostgresServer, RedisServer, wait_until
 from webhook_office import Office
 from webhook_receiver import Receiver, hang, in_turn
 
-ROOM = Room(64, 8, {})
+ROOM = Room(64)
 
 
 @pytest.fixture
@@ -141,8 +141,8 @@ def test_a_courier_that_lost_its_lease_changes_no_outcome(office: Office) -> Non
     assert heir.reclaim(now=later) == 1
     [second], _ = heir.turn([], [], ROOM, now=later)
     assert (first.attempt, second.attempt) == (1, 2)
-    no_room = Room(0, 8, {})
-    delivered = Finished(first, Answer(now, 1, status_code=200), Verdict(DeliveryStatus.DELIVERED))
+    no_room = Room(0)
+    delivered = Finished(first, Answer(now, Timings(1), status_code=200), Verdict(DeliveryStatus.DELIVERED))
     late.turn([delivered], [], no_room, now=later)
     assert (office.delivery(job_id)["status"], office.delivery(job_id)["attempt_count"]) == ("sending", 2)
     assert office.job(job_id)["webhook_delivered"] is False
@@ -154,7 +154,7 @@ def test_settling_twice_counts_once(office: Office) -> None:
     now = office.clock.now()
     deliveries = Deliveries(office.database, owner=new_id(), lease_seconds=30)
     [claimed], _ = deliveries.turn([], [], ROOM, now=now)
-    finished = Finished(claimed, Answer(now, 1, status_code=200), Verdict(DeliveryStatus.DELIVERED))
+    finished = Finished(claimed, Answer(now, Timings(1), status_code=200), Verdict(DeliveryStatus.DELIVERED))
     deliveries.turn([finished], [], ROOM, now=now)
     once = office.job(job_id), office.delivery(job_id), office.attempts(job_id)
     deliveries.turn([finished], [], ROOM, now=now)

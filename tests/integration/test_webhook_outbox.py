@@ -8,22 +8,24 @@ from laneway.clock import new_id
 from laneway.db import Database
 from laneway.domain.events import EventType
 from laneway.models import webhook_deliveries, webhook_messages
-from laneway.webhooks.messages import EndedJob, message_id, record
+from laneway.webhooks.messages import Target, Told, message_id, record
 
 NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
 
 
-def ended(job_seq: int = 3, **fields: object) -> EndedJob:
+def ended(job_seq: int = 3, **fields: object) -> Told:
+    tenant_id, job_id = new_id(), new_id()
     values = {
-        "tenant_id": new_id(),
-        "job_id": new_id(),
+        "id": message_id(job_id, job_seq, "job.completed"),
+        "tenant_id": tenant_id,
+        "job_id": job_id,
         "job_seq": job_seq,
         "event_type": EventType.JOB_COMPLETED,
-        "url": "https://example.com/hook",
+        "targets": [Target.own(tenant_id, "https://example.com/hook")],
         "data": {"result": {"text": "\u00fc"}},
         "created_by": "alice",
     }
-    return EndedJob(**values | fields)  # type: ignore[arg-type]
+    return Told(**values | fields)  # type: ignore[arg-type]
 
 
 def rows(database: Database, table: sa.Table) -> list[sa.RowMapping]:
@@ -46,7 +48,7 @@ def test_an_end_becomes_one_message_and_one_delivery_that_is_due(database: Datab
     }
     for row in (message, delivery):
         assert (row["tenant_id"], row["job_id"], row["created_by"]) == (end.tenant_id, end.job_id, "alice")
-    assert (delivery["url"], delivery["status"], delivery["next_at"]) == (end.url, "pending", NOW)
+    assert (delivery["url"], delivery["status"], delivery["next_at"]) == (end.targets[0].url, "pending", NOW)
     assert (delivery["attempt_count"], delivery["max_attempts"]) == (0, 3)
 
 

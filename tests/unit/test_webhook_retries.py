@@ -7,10 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from laneway.webhooks.retries import (
-    MAX_ATTEMPTS,
+    QUICK_SECONDS,
     Answer,
     DeliveryStatus,
     ErrorClass,
+    Timings,
     Verdict,
     judge,
     retry_after_seconds,
@@ -33,10 +34,20 @@ def verdict(
     *,
     attempt: int = 1,
     retry_after: str | None = None,
+    give_up_at: datetime | None = None,
     rng: Random | None = None,
 ) -> Verdict:
-    answer = Answer(NOW, 1, status_code=status_code, error_class=error_class, retry_after=retry_after)
-    return judge(answer, attempt=attempt, max_attempts=MAX_ATTEMPTS, now=NOW, rng=rng or Middle())
+    headers = {} if retry_after is None else {"retry-after": retry_after}
+    answer = Answer(NOW, Timings(1), status_code=status_code, error_class=error_class, headers=headers)
+    return judge(
+        answer,
+        attempt=attempt,
+        max_attempts=len(QUICK_SECONDS) + 1,
+        schedule=QUICK_SECONDS,
+        give_up_at=give_up_at,
+        now=NOW,
+        rng=rng or Middle(),
+    )
 
 
 def wait(found: Verdict) -> float:

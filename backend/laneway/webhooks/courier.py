@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
-from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -32,16 +31,16 @@ from laneway.clock import Clock, SystemClock, new_id
 from laneway.db import Database
 from laneway.log import get_logger
 from laneway.settings import Settings
-from laneway.webhooks.deliveries import Claimed, Deliveries, Finished, Postponed, Room, origin
+from laneway.webhooks.deliveries import Claimed, Deliveries, Finished, Postponed, Room
 from laneway.webhooks.dial import GetAddrInfo
 from laneway.webhooks.guard import Policy
 from laneway.webhooks.messages import WAKE_CHANNEL
-from laneway.webhooks.retries import DeliveryStatus, judge
-from laneway.webhooks.secrets import SecretBox, tenant_context
-from laneway.webhooks.sender import MAX_CONNECTIONS, Sender
+from laneway.webhooks.pace import Pace
+from laneway.webhooks.papers import Papers
+from laneway.webhooks.retries import MAX_TIMEOUT_SECONDS, Answer, DeliveryStatus, judge
+from laneway.webhooks.secrets import SecretBox
+from laneway.webhooks.sender import Sender
 
-MAX_IN_FLIGHT = MAX_CONNECTIONS
-MAX_IN_FLIGHT_PER_ORIGIN = 8
 POLL_SECONDS = 0.5
 GATHER_SECONDS = 0.005  # so long a finished attempt waits for others to be settled with
 LEASE_MARGIN_SECONDS = 20.0
@@ -56,8 +55,7 @@ T = TypeVar("T")
 class Courier:
     """Delivers until it is stopped. Any number may run beside each other.
 
-    At most 256 attempts are in flight, at most 8 to one scheme, host and port: a receiver that hangs
-    holds up its own messages and nobody else's.
+    A receiver that hangs holds up its own messages and nobody else's: webhooks/pace.py has the shares.
     """
 
     def __init__(
@@ -76,7 +74,9 @@ class Courier:
         self._rng = rng
         self._redis_url = settings.redis_url
         self._timeout_seconds = settings.webhook_timeout_seconds
-        self._lease_seconds = self._timeout_seconds + LEASE_MARGIN_SECONDS
+        longest = max(self._timeout_seconds, MAX_TIMEOUT_SECONDS)
+        self._lease_seconds = longest + LEASE_MARGIN_SECONDS
+        self._stop_seconds = longest + STOP_MARGIN_SECONDS
         self._deliveries = Deliveries(database, owner=self.id, lease_seconds=self._lease_seconds)
         self._sender = Sender(
             Policy.from_settings(settings),
@@ -84,8 +84,8 @@ class Courier:
             clock=clock,
             getaddrinfo=getaddrinfo,
         )
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._busy: Counter[str] = Counter()
+        self._tasks: set[asyncio.Task[Answer | None]] = set()
+        self._pace = Pace(clock.monotonic)
         self._finished: list[Finished] = []
         self._postponed: list[Postponed] = []
         self._reclaim_at = float("-inf")
@@ -128,8 +128,7 @@ class Courier:
         """Settle and claim once. True when there may be more to claim at once."""
         finished, self._finished = self._finished, []
         postponed, self._postponed = self._postponed, []
-        free = 0 if self._stopping else MAX_IN_FLIGHT - len(self._tasks)
-        room = Room(free, MAX_IN_FLIGHT_PER_ORIGIN, dict(self._busy))
+        room = Room(0) if self._stopping else self._pace.room()
         now = self._clock.now()
         try:
             claimed, more = await self._in_thread(
@@ -150,38 +149,38 @@ class Courier:
         return more
 
     def _start(self, delivery: Claimed) -> None:
-        key = origin(delivery.url)
-        self._busy[key] += 1
+        self._pace.began(delivery)
         task = asyncio.create_task(self._attempt(delivery))
         self._tasks.add(task)
 
-        def ended(task: asyncio.Task[None]) -> None:
+        def ended(task: asyncio.Task[Answer | None]) -> None:
             self._tasks.discard(task)
-            self._busy[key] -= 1
-            if not self._busy[key]:
-                del self._busy[key]
+            self._pace.ended(delivery, None if task.cancelled() or task.exception() else task.result())
             self._ring_soon()
 
         task.add_done_callback(ended)
 
-    async def _attempt(self, delivery: Claimed) -> None:
+    async def _attempt(self, delivery: Claimed) -> Answer | None:
         try:
-            secret = self._box.open(delivery.sealed_secret or "", tenant_context(delivery.tenant_id))
+            papers = Papers.open(delivery, self._box)
         except ValueError as error:
             # The operator's fault, not the receiver's: no attempt is charged until the key is there.
             log.error("webhook_key_unusable", tenant_id=delivery.tenant_id, reason=str(error))
             until = self._clock.now() + timedelta(seconds=UNREADABLE_SECRET_SECONDS)
             self._postponed.append(Postponed(delivery, until))
-            return
-        answer = await self._sender.send(delivery, secret)
+            return None
+        answer = await self._sender.send(delivery, papers)
         verdict = judge(
             answer,
             attempt=delivery.attempt,
             max_attempts=delivery.max_attempts,
+            schedule=delivery.retry_schedule,
+            give_up_at=delivery.give_up_at,
             now=self._clock.now(),
             rng=self._rng,
         )
         self._finished.append(Finished(delivery, answer, verdict))
+        return answer
 
     async def _reclaim(self) -> None:
         if self._clock.monotonic() < self._reclaim_at:
@@ -198,7 +197,7 @@ class Courier:
 
     async def _drain(self) -> None:
         try:
-            async with asyncio.timeout(self._timeout_seconds + STOP_MARGIN_SECONDS):
+            async with asyncio.timeout(self._stop_seconds):
                 while self._tasks or self._finished or self._postponed:
                     await self._turn()
                     if self._tasks and not self._finished:
@@ -259,7 +258,7 @@ def _tell(finished: Finished) -> None:
         "job_id": delivery.job_id,
         "attempt": delivery.attempt,
         "status_code": answer.status_code,
-        "total_ms": answer.total_ms,
+        "total_ms": answer.timings.total_ms,
     }
     if verdict.status is DeliveryStatus.DELIVERED:
         log.info("webhook_delivered", **facts)

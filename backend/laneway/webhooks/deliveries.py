@@ -7,9 +7,11 @@ may be repeated: after a lost reply to the commit, the second time changes nothi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from typing import Any
 
 import sqlalchemy as sa
 
@@ -17,6 +19,11 @@ from laneway.clock import new_id
 from laneway.db import Database, Moment, Rows
 from laneway.models import tenants, webhook_messages
 from laneway.models import webhook_deliveries as d
+from laneway.models import webhook_endpoints as e
+from laneway.models import webhook_health as h
+from laneway.webhooks import endpoint_health
+from laneway.webhooks.formats import Format
+from laneway.webhooks.health import SUSPECT_FAILURES, BlockedReason, Health
 from laneway.webhooks.retries import Answer, DeliveryStatus, Verdict
 
 CLAIM_ROWS = 64
@@ -28,29 +35,42 @@ _ATTEMPTS = Rows(
     id="id",
     delivery_id="id",
     number="int",
+    trigger="text",
     started_at="moment",
+    remote_ip="text",
     status_code="int",
     error_class="text",
     error="text",
+    dns_ms="int",
+    connect_ms="int",
+    first_byte_ms="int",
     total_ms="int",
+    request_bytes="int",
+    response_headers="text",
     response_body="text",
+    response_truncated="bool",
 )
 _INSERT_ATTEMPTS = """
-    INSERT INTO webhook_attempts (id, delivery_id, number, started_at, status_code, error_class, error,
-                                  total_ms, response_body, tenant_id, created_by)
-    SELECT u.id, u.delivery_id, u.number, u.started_at, u.status_code, u.error_class, u.error,
-           u.total_ms, u.response_body, d.tenant_id, d.created_by
+    INSERT INTO webhook_attempts ({columns}, tenant_id, created_by)
+    SELECT {values}, d.tenant_id, d.created_by
     FROM {rows} JOIN webhook_deliveries AS d ON d.id = u.delivery_id
     WHERE true
     ON CONFLICT (delivery_id, number) DO NOTHING
     RETURNING delivery_id"""
 
 _OUTCOMES = Rows(
-    id="id", status="text", next_at="moment", status_code="int", error="text", delivered_at="moment"
+    id="id",
+    status="text",
+    next_at="moment",
+    uncharged="int",
+    status_code="int",
+    error="text",
+    delivered_at="moment",
 )
 _UPDATE_DELIVERIES = """
     UPDATE webhook_deliveries
     SET status = u.status, next_at = coalesce(u.next_at, webhook_deliveries.next_at),
+        max_attempts = webhook_deliveries.max_attempts + u.uncharged,
         last_status_code = u.status_code, last_error = u.error, delivered_at = u.delivered_at,
         lease_owner = NULL, lease_until = NULL, version = version + 1, updated_at = :now
     FROM {rows}
@@ -69,19 +89,43 @@ _UPDATE_JOBS = """
 
 
 @dataclass(frozen=True, slots=True)
+class Manner:
+    """How one endpoint wants to be sent to, sealed parts still sealed; the default is a job's own URL's."""
+
+    id: str | None = None
+    version: int = 0
+    form: Format = Format.STANDARD
+    sign_with: str = "v1"
+    sealed_secrets: Sequence[str] = ()  # newest first, without those whose grace is over
+    sealed_headers: str | None = None
+    sealed_certificate: str | None = None
+    ca_certificate: str | None = None
+    timeout_seconds: float | None = None  # None: the setting
+    max_in_flight: int | None = None  # None: the courier's own
+    max_per_second: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Claimed:
     """A delivery that this courier holds, with all that one attempt needs."""
 
     id: str
     tenant_id: str
-    job_id: str
     message_id: str
     event_type: str
+    job_id: str | None
+    target_id: str
     url: str
     payload: bytes
+    trigger: str
     attempt: int  # the number of the attempt now to be made, counted from 1
     max_attempts: int
-    sealed_secret: str | None  # of the tenant; None when there is no such tenant
+    retry_schedule: Sequence[float]
+    give_up_at: datetime | None
+    manner: Manner
+    sealed_tenant_secrets: Sequence[str]  # as of Manner; empty when there is no such tenant
+    sealed_signing_key: str | None  # of the tenant, for v1a
+    health: Health
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,23 +145,17 @@ class Postponed:
     until: datetime
 
 
-@dataclass(frozen=True, slots=True)
 class Room:
-    """How much may be claimed: `rows` in all, and per origin what is missing to `per_origin`."""
+    """How much may be claimed. `full` targets are not looked at; `admit` answers for each row, in order."""
 
-    rows: int
-    per_origin: int
-    busy: Mapping[str, int]  # origin → attempts now in flight
+    def __init__(self, rows: int, *, full: Sequence[str] = (), suspects: bool = True) -> None:
+        self.rows = rows
+        self.full = list(full)
+        self.suspects = suspects  # whether targets that keep failing may have any more
 
-    @property
-    def full(self) -> list[str]:
-        return sorted(origin for origin, count in self.busy.items() if count >= self.per_origin)
-
-
-def origin(url: str) -> str:
-    """What one receiver's URLs have in common: `https://host:port/` of a canonical URL."""
-    end = url.find("/", len("https://"))
-    return url if end < 0 else url[: end + 1]
+    def admit(self, delivery: Claimed) -> bool:
+        """Whether this one may be claimed beside those admitted before it."""
+        return True
 
 
 class Deliveries:
@@ -147,7 +185,8 @@ class Deliveries:
     def reclaim(self, *, now: datetime) -> int:
         """How many deliveries were taken back from couriers whose lease ran out.
 
-        Whether they were sent is unknown, so they are sent again, with the same id.
+        Whether they were sent is unknown, so they are sent again, with the same id. What kills its courier
+        each time ends at `give_up_at`, with what was blocked until then.
         """
         values = {
             "status": DeliveryStatus.RETRYING.value,
@@ -158,49 +197,45 @@ class Deliveries:
             "updated_at": now,
         }
         with self._database.write() as connection:
-            return connection.execute(
+            taken = connection.execute(
                 sa.update(d).where(_SENDING, d.c.lease_until < now).values(values)
             ).rowcount
+            self._give_up(connection, now=now)
+        return taken
+
+    def _give_up(self, connection: sa.Connection, *, now: datetime) -> None:
+        """End what waited, blocked, until its time was over."""
+        late = sa.select(d.c.id).where(_DUE, d.c.give_up_at < now).limit(CLAIM_ROWS)
+        connection.execute(
+            sa.update(d)
+            .where(d.c.id.in_(late.scalar_subquery()), _DUE)
+            .values(
+                status=DeliveryStatus.DEAD.value,
+                last_error=sa.func.coalesce(d.c.last_error, "the receiver could not be reached in time"),
+                version=d.c.version + 1,
+                updated_at=now,
+            )
+        )
 
     def _anything_due(self, room: Room, *, now: datetime) -> bool:
         # A read first: on SQLite, an idle courier must not take the write lock twice a second.
         if room.rows <= 0:
             return False
         with self._database.read() as connection:
-            return (
-                connection.execute(sa.select(d.c.id).where(*_due(room, now=now)).limit(1)).first() is not None
-            )
+            return connection.execute(_due(sa.select(d.c.id), room, now=now).limit(1)).first() is not None
 
     def _claim(self, connection: sa.Connection, room: Room, *, now: datetime) -> tuple[list[Claimed], bool]:
         limit = min(room.rows, CLAIM_ROWS)
         query = (
-            sa.select(
-                d.c.id,
-                d.c.tenant_id,
-                d.c.job_id,
-                d.c.message_id,
-                webhook_messages.c.event_type,
-                d.c.url,
-                webhook_messages.c.payload,
-                (d.c.attempt_count + 1).label("attempt"),
-                d.c.max_attempts,
-                tenants.c.webhook_secret.label("sealed_secret"),
-            )
+            _due(sa.select(*_CLAIMED), room, now=now)
             .join(webhook_messages, webhook_messages.c.id == d.c.message_id)
             .outerjoin(tenants, tenants.c.id == d.c.tenant_id)
-            .where(*_due(room, now=now))
-            .order_by(d.c.next_at, d.c.id)
+            .order_by(d.c.priority, d.c.next_at, d.c.id)
             .limit(limit)
             .with_for_update(of=d, skip_locked=True)
         )
-        rows = [Claimed(**row) for row in connection.execute(query).mappings()]
-        busy = dict(room.busy)
-        picked = []
-        for row in rows:
-            key = origin(row.url)
-            if busy.get(key, 0) < room.per_origin:
-                busy[key] = busy.get(key, 0) + 1
-                picked.append(row)
+        rows = [_claimed(row, now=now) for row in connection.execute(query).mappings()]
+        picked = [row for row in rows if room.admit(row)]
         if picked:
             connection.execute(
                 sa.update(d)
@@ -232,25 +267,7 @@ class Deliveries:
         )
 
     def _settle(self, connection: sa.Connection, finished: Sequence[Finished], *, now: datetime) -> None:
-        made = self._execute(
-            connection,
-            _INSERT_ATTEMPTS,
-            _ATTEMPTS,
-            [
-                (
-                    new_id(),
-                    each.delivery.id,
-                    each.delivery.attempt,
-                    each.answer.started_at,
-                    each.answer.status_code,
-                    each.answer.error_class and each.answer.error_class.value,
-                    each.answer.error,
-                    each.answer.total_ms,
-                    each.answer.body,
-                )
-                for each in finished
-            ],
-        )
+        made = self._execute(connection, _INSERT_ATTEMPTS, _ATTEMPTS, [_attempt(each) for each in finished])
         written = {str(row[0]) for row in made}
         changed = self._execute(
             connection,
@@ -261,6 +278,7 @@ class Deliveries:
                     each.delivery.id,
                     each.verdict.status.value,
                     each.verdict.next_at,
+                    int(not each.verdict.charged),
                     each.answer.status_code,
                     each.answer.error,
                     now if each.verdict.status is DeliveryStatus.DELIVERED else None,
@@ -274,6 +292,8 @@ class Deliveries:
         settled = {str(row[0]) for row in changed}
         counts: dict[str, tuple[int, bool]] = {}
         for each in finished:
+            if each.delivery.job_id is None:
+                continue
             attempts, delivered = counts.get(each.delivery.job_id, (0, False))
             is_delivered = each.delivery.id in settled and each.verdict.status is DeliveryStatus.DELIVERED
             counts[each.delivery.job_id] = (
@@ -283,6 +303,8 @@ class Deliveries:
         rows = [(job_id, *count) for job_id, count in sorted(counts.items()) if any(count)]
         if rows:
             self._execute(connection, _UPDATE_JOBS, _COUNTS, rows, key="jobs.id", now=now)
+        seen = [each for each in finished if each.delivery.id in settled]
+        endpoint_health.save(connection, [(each.delivery, each.answer) for each in seen], now=now)
 
     def _execute(
         self,
@@ -296,12 +318,147 @@ class Deliveries:
         **parameters: object,
     ) -> sa.CursorResult[sa.Row[tuple[object, ...]]]:
         dialect = self._database.dialect
-        statement = sa.text(sql.format(rows=rows.sql(dialect), match=rows.match(dialect, key)))
+        names = {
+            "columns": ", ".join(rows.columns),
+            "values": ", ".join(f"u.{name}" for name in rows.columns),
+        }
+        statement = sa.text(sql.format(rows=rows.sql(dialect), match=rows.match(dialect, key), **names))
         if now is not None:
             statement = statement.bindparams(sa.bindparam("now", now, Moment))
         return connection.execute(statement, rows.bind(dialect, values) | parameters)
 
 
-def _due(room: Room, *, now: datetime) -> list[sa.ColumnElement[bool]]:
-    others = [sa.func.substr(d.c.url, 1, len(full)) != full for full in room.full]
-    return [_DUE, d.c.next_at <= now, *others]
+_CLAIMED: tuple[sa.ColumnElement[Any], ...] = (
+    d.c.id,
+    d.c.tenant_id,
+    d.c.message_id,
+    webhook_messages.c.event_type,
+    d.c.job_id,
+    d.c.target_id,
+    d.c.url,
+    webhook_messages.c.payload,
+    d.c.trigger,
+    d.c.attempt_count,
+    d.c.max_attempts,
+    d.c.retry_schedule,
+    d.c.give_up_at,
+    tenants.c.webhook_secret,
+    tenants.c.old_webhook_secrets,
+    tenants.c.webhook_signing_key,
+    e.c.id.label("endpoint_id"),
+    e.c.version.label("endpoint_version"),
+    e.c.format,
+    e.c.sign_with,
+    e.c.secret,
+    e.c.old_secrets,
+    e.c.headers,
+    e.c.client_certificate,
+    e.c.ca_certificate,
+    e.c.timeout_seconds,
+    e.c.max_in_flight,
+    e.c.max_per_second,
+    h.c.consecutive_failures,
+    h.c.blocked_until,
+    h.c.blocked_reason,
+)
+
+
+def _due(query: sa.Select[Any], room: Room, *, now: datetime) -> sa.Select[Any]:
+    """Narrow a query over deliveries to what this courier may claim now."""
+    earlier = d.alias("earlier")
+    in_turn = ~sa.exists().where(
+        earlier.c.job_id == d.c.job_id,
+        earlier.c.target_id == d.c.target_id,
+        earlier.c.id < d.c.id,
+        earlier.c.status.in_(
+            [DeliveryStatus.PENDING.value, DeliveryStatus.SENDING.value, DeliveryStatus.RETRYING.value]
+        ),
+    )
+    query = (
+        query.select_from(d)
+        .outerjoin(e, e.c.id == d.c.endpoint_id)
+        .outerjoin(h, h.c.target_id == d.c.target_id)
+        .where(
+            _DUE,
+            d.c.next_at <= now,
+            sa.or_(d.c.endpoint_id.is_(None), e.c.status == "enabled"),
+            sa.or_(h.c.blocked_until.is_(None), h.c.blocked_until <= now),
+            sa.or_(e.c.in_order.is_(None), ~e.c.in_order, in_turn),
+        )
+    )
+    if room.full:
+        query = query.where(d.c.target_id.not_in(room.full))
+    if not room.suspects:
+        query = query.where(sa.func.coalesce(h.c.consecutive_failures, 0) < SUSPECT_FAILURES)
+    return query
+
+
+def _claimed(row: sa.RowMapping, *, now: datetime) -> Claimed:
+    manner = Manner()
+    if row["endpoint_id"] is not None:
+        manner = Manner(
+            row["endpoint_id"],
+            row["endpoint_version"],
+            Format(row["format"]),
+            row["sign_with"],
+            live_secrets(row["secret"], row["old_secrets"], now=now),
+            row["headers"],
+            row["client_certificate"],
+            row["ca_certificate"],
+            row["timeout_seconds"],
+            row["max_in_flight"],
+            row["max_per_second"],
+        )
+    secrets = live_secrets(row["webhook_secret"], row["old_webhook_secrets"] or (), now=now)
+    reason = row["blocked_reason"]
+    return Claimed(
+        row["id"],
+        row["tenant_id"],
+        row["message_id"],
+        row["event_type"],
+        row["job_id"],
+        row["target_id"],
+        row["url"],
+        row["payload"],
+        row["trigger"],
+        row["attempt_count"] + 1,
+        row["max_attempts"],
+        row["retry_schedule"],
+        row["give_up_at"],
+        manner,
+        secrets if row["webhook_secret"] is not None else (),
+        row["webhook_signing_key"],
+        Health(
+            row["consecutive_failures"] or 0,
+            blocked_until=row["blocked_until"],
+            blocked_reason=BlockedReason(reason) if reason is not None else None,
+        ),
+    )
+
+
+def live_secrets(newest: str, old: Iterable[Mapping[str, str]], *, now: datetime) -> list[str]:
+    """The sealed secrets that sign now: the newest, and the old ones whose grace is not over."""
+    return [newest] + [each["sealed"] for each in old if datetime.fromisoformat(each["expires_at"]) > now]
+
+
+def _attempt(each: Finished) -> tuple[object, ...]:
+    answer, timings = each.answer, each.answer.timings
+    return (
+        new_id(),
+        each.delivery.id,
+        each.delivery.attempt,
+        each.delivery.trigger,
+        answer.started_at,
+        answer.remote_ip,
+        answer.status_code,
+        answer.error_class and answer.error_class.value,
+        answer.error,
+        timings.dns_ms,
+        timings.connect_ms,
+        timings.first_byte_ms,
+        timings.total_ms,
+        answer.request_bytes,
+        json.dumps(dict(answer.headers)) if answer.headers else None,
+        answer.body,
+        answer.truncated,
+    )

@@ -16,7 +16,7 @@ from enum import StrEnum
 from http import HTTPStatus
 from uuid import UUID, uuid5
 
-from laneway.webhooks.retries import Answer, ErrorClass, retry_after_seconds
+from laneway.webhooks.retries import BUSY, Answer, ErrorClass, retry_after_seconds
 
 FIRST_CAP = 2
 SUSPECT_FAILURES = 3  # in a row: from here on a target shares a quarter of the slots with all such
@@ -109,8 +109,7 @@ def _pause(
 
 def asks_to_wait(answer: Answer, *, now: datetime) -> bool:
     """Whether the receiver asked for a pause: 429 or 503 with Retry-After. It is not charged."""
-    busy = answer.status_code in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
-    return busy and retry_after_seconds(answer.retry_after, now=now) > 0
+    return answer.status_code in BUSY and retry_after_seconds(answer.retry_after, now=now) > 0
 
 
 def _time_may_heal(answer: Answer) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from enum import StrEnum
@@ -16,7 +17,10 @@ STANDARD_SECONDS = (5.0, 300.0, 1800.0, 7200.0, 18000.0, 36000.0, 50400.0, 72000
 """The schedule of registered endpoints: ten attempts over 75 hours (Standard Webhooks' example)."""
 
 JITTER = 0.2
+BUSY = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
+KEPT_HEADERS = ("content-type", "date", "location", "retry-after", "server", "webhook-retry")
 MAX_RETRY_AFTER_SECONDS = 24 * 3600
+MAX_TIMEOUT_SECONDS = 30.0
 
 
 class DeliveryStatus(StrEnum):
@@ -48,41 +52,81 @@ class ErrorClass(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Timings:
+    """Where the time of an attempt went, in milliseconds; None for what was not needed or not reached."""
+
+    total_ms: int
+    dns_ms: int | None = None
+    connect_ms: int | None = None  # with the TLS handshake
+    first_byte_ms: int | None = None  # from the start to the status line
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
     """What came of one request. `error_class` is None exactly when the receiver said 2xx."""
 
     started_at: datetime
-    total_ms: int
+    timings: Timings
     status_code: int | None = None
     error_class: ErrorClass | None = None
     error: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)  # those of KEPT_HEADERS, names in lower case
     body: str | None = None  # at most 4 KiB of it
-    retry_after: str | None = None  # the header, as it came
+    truncated: bool = False
+    remote_ip: str | None = None
+    request_bytes: int = 0
+
+    @property
+    def retry_after(self) -> str | None:
+        return self.headers.get("retry-after")
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What becomes of the delivery; `next_at` is set for RETRYING alone."""
+    """What becomes of the delivery; `next_at` is set for RETRYING alone.
+
+    `charged` is False for an attempt that only learnt how long to wait: it does not count against the
+    delivery's attempts.
+    """
 
     status: DeliveryStatus
     next_at: datetime | None = None
+    charged: bool = True
 
 
-def judge(answer: Answer, *, attempt: int, max_attempts: int, now: datetime, rng: Random) -> Verdict:
+def judge(
+    answer: Answer,
+    *,
+    attempt: int,
+    max_attempts: int,
+    schedule: Sequence[float],
+    give_up_at: datetime | None,
+    now: datetime,
+    rng: Random,
+) -> Verdict:
     """The verdict on the attempt with the number `attempt`, counted from 1.
 
     Every status but 2xx is tried again, also 404: deployments answer it. 410 says that nobody wants it
-    any more (Standard Webhooks 1.0.0), and what the guard refused it will refuse again. A Retry-After
-    longer than the schedule is honoured, up to a day.
+    any more (Standard Webhooks 1.0.0), `webhook-retry: no` says so of this message, and what the guard
+    refused it will refuse again. `schedule` holds the seconds before each retry, spread by 20 %. A
+    Retry-After longer than the schedule is honoured, up to a day; with 429 or 503 the attempt is not
+    charged. Nothing is tried after `give_up_at`.
     """
     if answer.error_class is None:
         return Verdict(DeliveryStatus.DELIVERED)
+    refused = answer.headers.get("webhook-retry", "").strip().lower() == "no"
     gone = answer.status_code == HTTPStatus.GONE
-    if gone or answer.error_class is ErrorClass.SSRF_BLOCKED or attempt >= max_attempts:
-        return Verdict(DeliveryStatus.DEAD)
-    scheduled = QUICK_SECONDS[min(attempt, len(QUICK_SECONDS)) - 1] * rng.uniform(1 - JITTER, 1 + JITTER)
     asked = retry_after_seconds(answer.retry_after, now=now)
-    return Verdict(DeliveryStatus.RETRYING, now + timedelta(seconds=max(scheduled, asked)))
+    charged = not (asked > 0 and answer.status_code in BUSY)
+    left = max_attempts - attempt
+    if gone or refused or answer.error_class is ErrorClass.SSRF_BLOCKED or (charged and left <= 0):
+        return Verdict(DeliveryStatus.DEAD)
+    place = min(max(len(schedule) - left, 0), len(schedule) - 1)
+    scheduled = schedule[place] * rng.uniform(1 - JITTER, 1 + JITTER) if schedule and charged else 0.0
+    next_at = now + timedelta(seconds=max(scheduled, asked))
+    if give_up_at is not None and next_at > give_up_at:
+        return Verdict(DeliveryStatus.DEAD)
+    return Verdict(DeliveryStatus.RETRYING, next_at, charged)
 
 
 def retry_after_seconds(value: str | None, *, now: datetime) -> float:

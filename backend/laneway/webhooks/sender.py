@@ -10,10 +10,10 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-import ssl
+from collections.abc import Callable
 from http import HTTPStatus
-from types import TracebackType
-from typing import Self
+from types import SimpleNamespace, TracebackType
+from typing import Any, Self
 
 import aiohttp
 from yarl import URL
@@ -23,19 +23,20 @@ from laneway.clock import Clock
 from laneway.errors import WebhookUrlRefused
 from laneway.webhooks.deliveries import Claimed
 from laneway.webhooks.dial import AddressRefused, GetAddrInfo, GuardResolver, socket_factory
+from laneway.webhooks.formats import render
 from laneway.webhooks.guard import Policy, check_url
-from laneway.webhooks.retries import Answer, ErrorClass
-from laneway.webhooks.signing import signature_headers
+from laneway.webhooks.pace import MAX_IN_FLIGHT
+from laneway.webhooks.papers import Papers, TlsContexts
+from laneway.webhooks.retries import KEPT_HEADERS, Answer, ErrorClass, Timings
 
-MAX_CONNECTIONS = 256
 MAX_RESPONSE_BYTES = 4096
+MAX_HEADER_CHARACTERS = 256
 # Below the 5 s after which common servers (Node, uvicorn) close an idle connection: a POST that meets
 # the close on its way is lost, and must count as failed.
 KEEPALIVE_SECONDS = 4.0
 DNS_CACHE_SECONDS = 10
 _HEADERS = {
     "User-Agent": f"laneway/{__version__}",
-    "Content-Type": "application/json",
     "Accept-Encoding": "identity",
 }
 
@@ -55,19 +56,21 @@ class Sender:
         self._timeout_seconds = timeout_seconds
         self._clock = clock
         self._getaddrinfo = getaddrinfo
+        self._tls = TlsContexts()
 
     async def __aenter__(self) -> Self:
         self._resolver = GuardResolver(self._policy, getaddrinfo=self._getaddrinfo)
         connector = aiohttp.TCPConnector(
-            limit=MAX_CONNECTIONS,
+            limit=MAX_IN_FLIGHT,
             keepalive_timeout=KEEPALIVE_SECONDS,
             resolver=self._resolver,
             ttl_dns_cache=DNS_CACHE_SECONDS,
             socket_factory=socket_factory(self._policy),
-            ssl=ssl.create_default_context(),
+            ssl=self._tls.default,
         )
         self._session = aiohttp.ClientSession(
             connector=connector,
+            trace_configs=[_trace()],
             headers=_HEADERS,
             trust_env=False,
             cookie_jar=aiohttp.DummyCookieJar(),
@@ -85,61 +88,128 @@ class Sender:
         await self._session.close()
         await self._resolver.close()
 
-    async def send(self, delivery: Claimed, secret: str) -> Answer:
+    async def send(self, delivery: Claimed, papers: Papers) -> Answer:
         """What the receiver answered, or why it did not: never raises for anything a receiver can do.
 
         The status line decides. What follows it is read for the log, up to 4 KiB and the deadline.
         """
-        started_at, start = self._clock.now(), self._clock.monotonic()
-        status: int | None = None
-        retry_after: str | None = None
-        body = bytearray()
-        failure: tuple[ErrorClass, str] | None = None
+        attempt = _Attempt(self._clock)
+        manner = delivery.manner
         try:
             target = check_url(delivery.url, self._policy)
+            body = render(delivery.payload, manner.form, message_id=delivery.message_id)
+            attempt.request_bytes = len(body)
             headers = {
+                **papers.headers,
+                "Content-Type": manner.form.content_type,
                 "webhook-event": delivery.event_type,
                 "webhook-attempt": str(delivery.attempt),
-                **signature_headers(
-                    secret,
-                    message_id=delivery.message_id,
-                    timestamp=int(started_at.timestamp()),
-                    body=delivery.payload,
-                ),
+                **papers.signatures(delivery.message_id, int(attempt.started_at.timestamp()), body),
             }
             async with (
-                asyncio.timeout(self._timeout_seconds),
+                asyncio.timeout(manner.timeout_seconds or self._timeout_seconds),
                 self._session.post(
                     URL(target.url, encoded=True),
-                    data=delivery.payload,
+                    data=body,
                     headers=headers,
                     allow_redirects=False,
+                    ssl=self._tls.context(delivery, papers),
+                    trace_request_ctx=attempt,
                 ) as response,
             ):
-                status, retry_after = response.status, response.headers.get("Retry-After")
-                await _read_start(response, body)
+                attempt.answered(response)
+                await attempt.read_start(response)
         except Exception as error:  # whatever a hostile receiver provokes in the stack is a failed attempt
-            failure = _explain(error)
-        if status is not None:
-            failure = _explain_status(status)
+            attempt.failure = _explain(error)
+        return attempt.answer()
+
+
+class _Attempt:
+    """What is noted while an attempt is made."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._start = clock.monotonic()
+        self.started_at = clock.now()
+        self.request_bytes = 0
+        self.failure: tuple[ErrorClass, str] | None = None
+        self._status: int | None = None
+        self._headers: dict[str, str] = {}
+        self._body = bytearray()
+        self._truncated = False
+        self._remote_ip: str | None = None
+        self._began: dict[str, float] = {}
+        self._took: dict[str, int] = {}
+
+    def begin(self, phase: str) -> None:
+        self._began[phase] = self._clock.monotonic()
+
+    def end(self, phase: str) -> None:
+        if phase in self._began:
+            self._took[phase] = _ms(self._clock.monotonic() - self._began[phase])
+
+    def answered(self, response: aiohttp.ClientResponse) -> None:
+        self._took["first_byte"] = _ms(self._clock.monotonic() - self._start)
+        self._status = response.status
+        self._headers = {
+            name: value[:MAX_HEADER_CHARACTERS]
+            for name in KEPT_HEADERS
+            if (value := response.headers.get(name)) is not None
+        }
+        transport = response.connection and response.connection.transport
+        peer = transport.get_extra_info("peername") if transport else None
+        self._remote_ip = peer[0] if peer else None
+
+    async def read_start(self, response: aiohttp.ClientResponse) -> None:
+        while len(self._body) < MAX_RESPONSE_BYTES:
+            chunk = await response.content.read(MAX_RESPONSE_BYTES - len(self._body))
+            if not chunk:
+                return  # all of it; the connection may be used again
+            self._body += chunk
+        self._truncated = True
+        response.close()
+
+    def answer(self) -> Answer:
+        failure = self.failure if self._status is None else _explain_status(self._status)
+        dns, connect = self._took.get("dns"), self._took.get("connect")
         return Answer(
-            started_at=started_at,
-            total_ms=round((self._clock.monotonic() - start) * 1000),
-            status_code=status,
+            started_at=self.started_at,
+            timings=Timings(
+                _ms(self._clock.monotonic() - self._start),
+                dns_ms=dns,
+                connect_ms=connect if connect is None else max(connect - (dns or 0), 0),
+                first_byte_ms=self._took.get("first_byte"),
+            ),
+            status_code=self._status,
             error_class=failure and failure[0],
             error=failure and failure[1],
-            body=_text(body) if status is not None else None,
-            retry_after=retry_after,
+            headers=self._headers,
+            body=_text(self._body) if self._status is not None else None,
+            truncated=self._truncated,
+            remote_ip=self._remote_ip,
+            request_bytes=self.request_bytes,
         )
 
 
-async def _read_start(response: aiohttp.ClientResponse, body: bytearray) -> None:
-    while len(body) < MAX_RESPONSE_BYTES:
-        chunk = await response.content.read(MAX_RESPONSE_BYTES - len(body))
-        if not chunk:
-            return  # all of it; the connection may be used again
-        body += chunk
-    response.close()
+def _trace() -> aiohttp.TraceConfig:
+    """Notes where the time goes. Looking the name up is a part of connecting, for aiohttp."""
+    trace = aiohttp.TraceConfig()
+
+    def note(what: Callable[[_Attempt, str], None], phase: str) -> Any:
+        async def signal(_session: aiohttp.ClientSession, context: SimpleNamespace, _: Any) -> None:
+            what(context.trace_request_ctx, phase)
+
+        return signal
+
+    trace.on_dns_resolvehost_start.append(note(_Attempt.begin, "dns"))
+    trace.on_dns_resolvehost_end.append(note(_Attempt.end, "dns"))
+    trace.on_connection_create_start.append(note(_Attempt.begin, "connect"))
+    trace.on_connection_create_end.append(note(_Attempt.end, "connect"))
+    return trace
+
+
+def _ms(seconds: float) -> int:
+    return round(seconds * 1000)
 
 
 def _text(body: bytearray) -> str:

@@ -1,4 +1,4 @@
-"""Standard Webhooks 1.0.0 (standardwebhooks.com), symmetric: how a receiver knows that a request is ours.
+"""Standard Webhooks 1.0.0 (standardwebhooks.com): how a receiver knows that a request is ours.
 
 The signed bytes are `id.timestamp.body`, the body exactly as it travels. An id therefore holds no dot.
 """
@@ -10,7 +10,7 @@ import binascii
 import hashlib
 import hmac
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -36,12 +36,12 @@ def sign(secret: str, message_id: str, timestamp: int, body: bytes) -> str:
     return _signature(secret, signed)
 
 
-def signature_headers(secret: str, *, message_id: str, timestamp: int, body: bytes) -> dict[str, str]:
-    """The three headers that carry the signature of one attempt."""
+def signature_headers(signatures: Sequence[str], *, message_id: str, timestamp: int) -> dict[str, str]:
+    """The three headers of one attempt. Of several signatures one must fit (a rotation, v1a)."""
     return {
         ID_HEADER: message_id,
         TIMESTAMP_HEADER: str(timestamp),
-        SIGNATURE_HEADER: sign(secret, message_id, timestamp, body),
+        SIGNATURE_HEADER: " ".join(signatures),
     }
 
 
