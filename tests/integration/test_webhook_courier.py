@@ -14,9 +14,10 @@ from laneway.clock import new_id
 from laneway.db import Database
 from laneway.models import tenants
 from laneway.webhooks import courier as courier_module
-from laneway.webhooks.courier import MAX_IN_FLIGHT_PER_ORIGIN
 from laneway.webhooks.deliveries import Deliveries, Finished, Room
+from laneway.webhooks.health import FIRST_CAP
 from laneway.webhooks.messages import WAKE_CHANNEL
+from laneway.webhooks.pace import MAX_PER_TARGET
 from laneway.webhooks.retries import Answer, DeliveryStatus, Timings, Verdict
 from laneway.webhooks.secrets import SecretBox, new_webhook_secret, tenant_context
 from servers import PostgresServer, RedisServer, wait_until
@@ -170,12 +171,12 @@ def test_a_receiver_that_hangs_holds_up_nobody_else(office: Office) -> None:
             healthy.wait_for(20)
             for job_id in others:
                 office.wait(job_id, status="delivered")
-            hanging.wait_for(MAX_IN_FLIGHT_PER_ORIGIN)
-            assert hanging.most_at_once == len(hanging.requests) == MAX_IN_FLIGHT_PER_ORIGIN
+            hanging.wait_for(FIRST_CAP)
+            assert hanging.most_at_once == len(hanging.requests) == FIRST_CAP
             hanging.let_go.set()
             for job_id in stuck:
                 office.wait(job_id, status="delivered")
-        assert hanging.most_at_once == MAX_IN_FLIGHT_PER_ORIGIN
+        assert hanging.most_at_once <= MAX_PER_TARGET
 
 
 def test_couriers_share_the_work_and_send_nothing_twice(office: Office) -> None:
@@ -322,12 +323,12 @@ def test_what_is_due_is_found_by_its_index(office: Office) -> None:
 
     @sa.event.listens_for(office.database.engine, "before_cursor_execute")
     def _remember(_connection: object, _cursor: object, statement: str, parameters: Any, *_: object) -> None:
-        if "ORDER BY webhook_deliveries.next_at" in statement:
+        if "ORDER BY webhook_deliveries.priority" in statement:
             asked.append((statement, parameters))
 
     office.post("http://127.0.0.1:9000/")
     deliveries = Deliveries(office.database, owner=new_id(), lease_seconds=30)
-    deliveries.turn([], [], Room(64, 8, {"http://127.0.0.1:9001/": 8}), now=office.clock.now())
+    deliveries.turn([], [], Room(64, full=[new_id()], suspects=False), now=office.clock.now())
     [(statement, parameters)] = asked
     is_sqlite = office.database.dialect == "sqlite"
     with office.database.read() as connection:

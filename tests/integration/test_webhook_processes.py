@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from laneway.db import Database
+from laneway.webhooks.health import FIRST_CAP
 from webhook_office import Office
 from webhook_receiver import Receiver, hang, ok
 
@@ -40,9 +41,9 @@ def courier_process(office: Office) -> Iterator[subprocess.Popen[bytes]]:
 def test_a_killed_courier_loses_no_message(database: Database) -> None:
     office = Office(database)
     with Receiver(hang) as receiver:
-        posted = [office.post(receiver.url()) for _ in range(3)]
+        posted = [office.post(receiver.url()) for _ in range(FIRST_CAP)]
         with courier_process(office) as process:
-            receiver.wait_for(3)
+            receiver.wait_for(FIRST_CAP)
             process.send_signal(signal.SIGKILL)
             process.wait(30)
         receiver.mode = ok

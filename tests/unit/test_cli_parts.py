@@ -21,7 +21,7 @@ from laneway.domain.states import FINAL
 from laneway.errors import LanewayError, Unauthenticated, Unprocessable
 from laneway.settings import Settings, unknown_variables
 from laneway.webhooks.secrets import new_webhook_secret
-from laneway.webhooks.signing import signature_headers, verify_webhook
+from laneway.webhooks.signing import sign, signature_headers, verify_webhook
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,9 @@ SECRET = new_webhook_secret()
 def delivery(job_id: str, message_id: str = "msg_1", *, secret: str = SECRET) -> tuple[bytes, dict[str, str]]:
     body = json.dumps({"type": "job.completed", "data": {"job_id": job_id}}).encode()
     timestamp = int(datetime.now(UTC).timestamp())
-    return body, signature_headers(secret, message_id=message_id, timestamp=timestamp, body=body)
+    return body, signature_headers(
+        [sign(secret, message_id, timestamp, body)], message_id=message_id, timestamp=timestamp
+    )
 
 
 @pytest.fixture

@@ -92,6 +92,29 @@ def test_retry_after_counts_when_it_is_longer_than_the_schedule() -> None:
     assert wait(verdict(retry_after="1")) == 5
 
 
+def test_an_attempt_that_is_asked_to_wait_is_not_charged_up_to_the_20th() -> None:
+    assert not verdict(503, retry_after="60", attempt=3).charged
+    assert not verdict(429, ErrorClass.HTTP_4XX, retry_after="60", attempt=20).charged
+    assert verdict(503, retry_after="60", attempt=21) == Verdict(DeliveryStatus.DEAD)
+    assert verdict(500, retry_after="60").charged
+    assert verdict(503).charged
+
+
+def test_nothing_is_tried_after_the_moment_to_give_up() -> None:
+    assert wait(verdict(give_up_at=NOW + timedelta(seconds=5))) == 5
+    assert verdict(give_up_at=NOW + timedelta(seconds=4)) == Verdict(DeliveryStatus.DEAD)
+
+
+def test_a_receiver_may_refuse_one_message_for_good() -> None:
+    answer = Answer(
+        NOW, Timings(1), status_code=500, error_class=ErrorClass.HTTP_5XX, headers={"webhook-retry": " No "}
+    )
+    found = judge(
+        answer, attempt=1, max_attempts=3, schedule=QUICK_SECONDS, give_up_at=None, now=NOW, rng=Middle()
+    )
+    assert found == Verdict(DeliveryStatus.DEAD)
+
+
 @pytest.mark.parametrize(
     ("value", "seconds"),
     [

@@ -21,6 +21,7 @@ BUSY = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
 KEPT_HEADERS = ("content-type", "date", "location", "retry-after", "server", "webhook-retry")
 MAX_RETRY_AFTER_SECONDS = 24 * 3600
 MAX_TIMEOUT_SECONDS = 30.0
+MAX_UNCHARGED = 20
 
 
 class DeliveryStatus(StrEnum):
@@ -110,19 +111,19 @@ def judge(
     any more (Standard Webhooks 1.0.0), `webhook-retry: no` says so of this message, and what the guard
     refused it will refuse again. `schedule` holds the seconds before each retry, spread by 20 %. A
     Retry-After longer than the schedule is honoured, up to a day; with 429 or 503 the attempt is not
-    charged. Nothing is tried after `give_up_at`.
+    charged, which ends with the 20th. Nothing is tried after `give_up_at`.
     """
     if answer.error_class is None:
         return Verdict(DeliveryStatus.DELIVERED)
     refused = answer.headers.get("webhook-retry", "").strip().lower() == "no"
     gone = answer.status_code == HTTPStatus.GONE
     asked = retry_after_seconds(answer.retry_after, now=now)
-    charged = not (asked > 0 and answer.status_code in BUSY)
+    charged = not (asked > 0 and answer.status_code in BUSY and attempt <= MAX_UNCHARGED)
     left = max_attempts - attempt
     if gone or refused or answer.error_class is ErrorClass.SSRF_BLOCKED or (charged and left <= 0):
         return Verdict(DeliveryStatus.DEAD)
     place = min(max(len(schedule) - left, 0), len(schedule) - 1)
-    scheduled = schedule[place] * rng.uniform(1 - JITTER, 1 + JITTER) if schedule and charged else 0.0
+    scheduled = schedule[place] * rng.uniform(1 - JITTER, 1 + JITTER) if schedule else 0.0
     next_at = now + timedelta(seconds=max(scheduled, asked))
     if give_up_at is not None and next_at > give_up_at:
         return Verdict(DeliveryStatus.DEAD)
