@@ -51,7 +51,7 @@ def test_a_killed_courier_loses_no_message(database: Database) -> None:
         with office.open():
             for job_id in posted:
                 office.wait(job_id, status="delivered", attempts=2)
-    first, again = receiver.requests[:3], receiver.requests[3:]
+    first, again = receiver.requests[:FIRST_CAP], receiver.requests[FIRST_CAP:]
     assert {request.headers["webhook-id"] for request in first} == {
         request.headers["webhook-id"] for request in again
     }
