@@ -7,7 +7,9 @@
     ├── Forbidden             403  known caller, missing right
     ├── NotFound              404  also for what belongs to another tenant
     │   ├── JobNotFound
-    │   └── JobTypeNotFound
+    │   ├── JobTypeNotFound
+    │   ├── EndpointNotFound
+    │   └── DeliveryNotFound
     ├── Conflict              409  the state does not allow it; facts.current_status
     │   ├── IllegalTransition
     │   ├── NotFinished
@@ -94,6 +96,14 @@ class JobNotFound(NotFound):
 
 class JobTypeNotFound(NotFound):
     code, title = "job_type_not_found", "There is no such job type"
+
+
+class EndpointNotFound(NotFound):
+    code, title = "endpoint_not_found", "There is no such webhook endpoint"
+
+
+class DeliveryNotFound(NotFound):
+    code, title = "delivery_not_found", "There is no such webhook delivery"
 
 
 class Conflict(LanewayError):

@@ -82,7 +82,7 @@ class Told:
     job_seq: int | None = None
 
 
-def record(connection: sa.Connection, told: Sequence[Told], *, now: datetime) -> int:
+def record(connection: sa.Connection, told: Sequence[Told], *, now: datetime, trigger: str = "auto") -> int:
     """How many messages are new: each is written with the deliveries that will carry it.
 
     Runs inside the caller's transaction. What was recorded before is passed over.
@@ -103,7 +103,9 @@ def record(connection: sa.Connection, told: Sequence[Told], *, now: datetime) ->
                 "created_at": now,
             }
         )
-        deliveries += [owned | _delivery(each, target, now=now) for target in each.targets]
+        deliveries += [
+            owned | _delivery(each, target, now=now) | {"trigger": trigger} for target in each.targets
+        ]
     if not messages:
         return 0
     insert = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert

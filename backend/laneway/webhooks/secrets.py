@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 KEY_BYTES = 32
 NONCE_BYTES = 12
 KEY_FILE = "encryption.key"
+MIN_SECRET_BYTES, MAX_SECRET_BYTES = 24, 64
 SECRET_PREFIX = "whsec_"  # noqa: S105 - the name of the form, from Standard Webhooks
 _KEY_ID = re.compile(r"[A-Za-z0-9_-]{1,32}")
 
@@ -84,6 +85,20 @@ def tenant_context(tenant_id: str) -> str:
 def new_webhook_secret() -> str:
     """A fresh signing secret: `whsec_` and 32 random bytes in base64 (Standard Webhooks 1.0.0)."""
     return SECRET_PREFIX + _base64(secrets.token_bytes(32))
+
+
+def parse_webhook_secret(text: str) -> str:
+    """`text`, when it is `whsec_` and base64 of 24 to 64 bytes. Raises ValueError that does not repeat it."""
+    wrong = (
+        f"a webhook secret is `{SECRET_PREFIX}` and base64 of {MIN_SECRET_BYTES} to {MAX_SECRET_BYTES} bytes"
+    )
+    try:
+        size = len(_bytes(text.removeprefix(SECRET_PREFIX)))
+    except ValueError:
+        raise ValueError(wrong) from None
+    if not text.startswith(SECRET_PREFIX) or not MIN_SECRET_BYTES <= size <= MAX_SECRET_BYTES:
+        raise ValueError(wrong)
+    return text
 
 
 def parse_keys(text: str, *, source: str) -> dict[str, bytes]:

@@ -1,0 +1,393 @@
+"""Registered endpoints: made, changed, rotated, replayed. One function, one transaction.
+
+Nothing here gives a secret back, except the new one to whoever makes it: at rest all of them are sealed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import ssl
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Annotated, Any, Literal, Self
+
+import sqlalchemy as sa
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from laneway.clock import new_id
+from laneway.db import Database
+from laneway.domain.events import DEFAULT_WEBHOOK_EVENTS, SystemEvent, known_pattern
+from laneway.domain.spec import DEFAULT_QUEUE
+from laneway.errors import Conflict, EndpointNotFound, FieldError, Unprocessable, WebhookUrlRefused
+from laneway.models import tenants, webhook_deliveries, webhook_health
+from laneway.models import webhook_endpoints as e
+from laneway.webhooks import asymmetric
+from laneway.webhooks.endpoint_health import cancel_waiting
+from laneway.webhooks.formats import Format
+from laneway.webhooks.guard import Policy, check_url
+from laneway.webhooks.messages import Target, Told, message_id, record
+from laneway.webhooks.papers import endpoint_context, make_context, signing_key_context
+from laneway.webhooks.retries import MAX_TIMEOUT_SECONDS, QUICK_SECONDS, STANDARD_SECONDS
+from laneway.webhooks.secrets import SecretBox, new_webhook_secret, parse_webhook_secret
+
+MAX_ENDPOINTS = 100  # of a tenant
+MAX_HEADERS = 20
+MAX_HEADER_VALUE = 1000
+MAX_SECRETS = 5  # that sign at the same time
+MAX_GRACE_SECONDS = 7 * 24 * 3600
+GRACE_SECONDS = 24 * 3600
+_HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,100}")
+_HEADER_VALUE = re.compile(r"[\x21-\x7e]([\x20-\x7e]*[\x21-\x7e])?")
+_RESERVED_HEADERS = frozenset(
+    {
+        "accept-encoding",
+        "connection",
+        "content-encoding",
+        "content-length",
+        "content-type",
+        "cookie",
+        "expect",
+        "host",
+        "keep-alive",
+        "proxy-authorization",
+        "proxy-connection",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+        "user-agent",
+    }
+)
+SCHEDULES: dict[str, tuple[float, ...]] = {"quick": QUICK_SECONDS, "standard": STANDARD_SECONDS}
+
+
+def _pattern(value: str) -> str:
+    if not known_pattern(value):
+        raise ValueError(f"{value!r} is no event; `job.*`, `*` and the names of docs/reference/events.md are")
+    return value
+
+
+def _headers(value: dict[str, str]) -> dict[str, str]:
+    for name, content in value.items():
+        lower = name.lower()
+        if not _HEADER_NAME.fullmatch(name):
+            raise ValueError(f"{name!r} is no header name")
+        if lower in _RESERVED_HEADERS or lower.startswith("webhook-"):
+            raise ValueError(f"{name!r} is set by Laneway itself")
+        if len(content) > MAX_HEADER_VALUE or not _HEADER_VALUE.fullmatch(content):
+            raise ValueError(f"{name!r} needs 1 to {MAX_HEADER_VALUE} visible ASCII characters")
+    if len({name.lower() for name in value}) != len(value):
+        raise ValueError("a header is there twice")
+    return value
+
+
+Names = Annotated[list[Annotated[str, Field(min_length=1, max_length=100)]], Field(max_length=50)]
+Pause = Annotated[float, Field(ge=1, le=86_400, allow_inf_nan=False)]
+Pem = Annotated[str, Field(min_length=1, max_length=64_000)]
+
+
+class EndpointFilters(BaseModel):
+    """Which jobs' events an endpoint hears of: those that fit every list that is given."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    queues: Names = Field(default=[], examples=[[DEFAULT_QUEUE]])
+    job_types: Names = []
+    tags: Names = Field(default=[], description="One of them is enough.")
+
+
+class EndpointChange(BaseModel):
+    """What may be set on an endpoint. Fields that are not given stay as they are."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    url: Annotated[str, Field(min_length=1, max_length=2048)] | None = None
+    description: Annotated[str, Field(max_length=500)] | None = None
+    event_types: (
+        Annotated[list[Annotated[str, AfterValidator(_pattern)]], Field(min_length=1, max_length=50)] | None
+    ) = Field(None, description="Events and globs: `job.completed`, `job.*`, `*`. Default: the ends of jobs.")
+    filters: EndpointFilters | None = None
+    format: Format | None = None
+    status: Literal["enabled", "paused"] | None = Field(
+        None, description="Paused: messages wait. Enabling a disabled endpoint starts it afresh."
+    )
+    headers: Annotated[dict[str, str], Field(max_length=MAX_HEADERS), AfterValidator(_headers)] | None = (
+        Field(None, description="Sent along, and kept encrypted: only their names are ever shown.")
+    )
+    sign_with: Literal["v1", "v1a", "both"] | None = Field(
+        None, description="v1: HMAC-SHA256 with the secret. v1a: ed25519 with the tenant's key pair."
+    )
+    timeout_seconds: Annotated[float, Field(ge=1, le=MAX_TIMEOUT_SECONDS)] | None = None
+    retry_schedule: Literal["quick", "standard"] | Annotated[list[Pause], Field(max_length=20)] | None = (
+        Field(None, description="Seconds before each retry, or a preset's name.")
+    )
+    max_in_flight: Annotated[int, Field(ge=1, le=64)] | None = None
+    max_per_second: Annotated[float, Field(ge=0.01, le=1000, allow_inf_nan=False)] | None = None
+    in_order: bool | None = Field(None, description="A job's messages one after the other, in their order.")
+    client_certificate: Pem | None = Field(None, description="PEM: certificate chain, then key. For mTLS.")
+    ca_certificate: Pem | None = Field(None, description="PEM: an authority to trust besides the usual ones.")
+
+    @model_validator(mode="after")
+    def _certificates(self) -> Self:
+        try:
+            if self.client_certificate or self.ca_certificate:
+                make_context(self.client_certificate, self.ca_certificate)
+        except (ssl.SSLError, OSError, ValueError):
+            raise ValueError(
+                "client_certificate must be PEM, certificate then unencrypted key; ca_certificate PEM"
+            ) from None
+        return self
+
+
+class NewEndpoint(EndpointChange):
+    """An endpoint to be."""
+
+    url: Annotated[str, Field(min_length=1, max_length=2048)]
+    secret: Annotated[str, AfterValidator(parse_webhook_secret)] | None = Field(
+        None, description="`whsec_` and base64 of 24 to 64 bytes; made when it is not given."
+    )
+
+
+_DEFAULTS: dict[str, Any] = {
+    "event_types": list(DEFAULT_WEBHOOK_EVENTS),
+    "filters": {},
+    "format": Format.STANDARD.value,
+    "status": "enabled",
+    "sign_with": "v1",
+    "timeout_seconds": 10.0,
+    "retry_schedule": list(STANDARD_SECONDS),
+    "max_in_flight": 8,
+    "in_order": False,
+}
+_PLAIN = (
+    "id",
+    "url",
+    "description",
+    "event_types",
+    "filters",
+    "format",
+    "status",
+    "disabled_reason",
+    "sign_with",
+    "timeout_seconds",
+    "retry_schedule",
+    "max_in_flight",
+    "max_per_second",
+    "in_order",
+    "created_by",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoints:
+    """The endpoints of all tenants; every method names the one it works for.
+
+    Methods raise EndpointNotFound for an id that is not the tenant's.
+    """
+
+    database: Database
+    box: SecretBox
+    policy: Policy
+
+    def create(
+        self, tenant_id: str, wanted: NewEndpoint, *, by: str, now: datetime
+    ) -> tuple[dict[str, Any], str]:
+        """The endpoint and its secret, which nobody is shown again.
+
+        Raises WebhookUrlRefused, and Conflict once the tenant has 100.
+        """
+        endpoint_id, secret = new_id(), wanted.secret or new_webhook_secret()
+        given = self._columns(endpoint_id, wanted)
+        values = {
+            **_DEFAULTS,
+            **given,
+            "id": endpoint_id,
+            "tenant_id": tenant_id,
+            "created_by": by,
+            "secret": self.box.seal(secret, endpoint_context(endpoint_id)),
+            "old_secrets": [],
+            "enabled_at": now,
+            "created_at": now,
+            "updated_at": now,
+        }
+        with self.database.write() as connection:
+            count = sa.select(sa.func.count()).select_from(e).where(e.c.tenant_id == tenant_id)
+            if connection.execute(count).scalar_one() >= MAX_ENDPOINTS:
+                raise Conflict(f"a tenant may have {MAX_ENDPOINTS} endpoints; delete one first")
+            if values["sign_with"] != "v1":
+                self._need_key_pair(connection, tenant_id)
+            connection.execute(sa.insert(e).values(values))
+            return self._view(connection, self._find(connection, tenant_id, endpoint_id)), secret
+
+    def all(self, tenant_id: str) -> list[dict[str, Any]]:
+        """The tenant's endpoints, oldest first."""
+        with self.database.read() as connection:
+            rows = connection.execute(
+                sa.select(e).where(e.c.tenant_id == tenant_id).order_by(e.c.id)
+            ).mappings()
+            return [self._view(connection, row) for row in rows.all()]
+
+    def get(self, tenant_id: str, endpoint_id: str) -> dict[str, Any]:
+        with self.database.read() as connection:
+            return self._view(connection, self._find(connection, tenant_id, endpoint_id))
+
+    def change(
+        self, tenant_id: str, endpoint_id: str, wanted: EndpointChange, *, now: datetime
+    ) -> dict[str, Any]:
+        """Set what is given. Deliveries that wait keep the URL they were made with."""
+        values = self._columns(endpoint_id, wanted)
+        with self.database.write() as connection:
+            before = self._find(connection, tenant_id, endpoint_id, lock=True)
+            if values.get("status") == "enabled" and before["status"] == "disabled":
+                values |= {"disabled_reason": None, "disabled_at": None, "enabled_at": now}
+                connection.execute(sa.delete(webhook_health).where(webhook_health.c.target_id == endpoint_id))
+            elif before["status"] == "disabled":
+                values.pop("status", None)  # it sends nothing already
+            if values.get("sign_with", "v1") != "v1":
+                self._need_key_pair(connection, tenant_id)
+            self._update(connection, endpoint_id, values, now=now)
+            return self._view(connection, self._find(connection, tenant_id, endpoint_id))
+
+    def delete(self, tenant_id: str, endpoint_id: str, *, now: datetime) -> None:
+        """Forget it. What waits for it is cancelled; what was delivered stays in the ledger."""
+        with self.database.write() as connection:
+            self._find(connection, tenant_id, endpoint_id, lock=True)
+            cancel_waiting(connection, endpoint_id, now=now)
+            connection.execute(sa.delete(webhook_health).where(webhook_health.c.target_id == endpoint_id))
+            connection.execute(sa.delete(e).where(e.c.id == endpoint_id))
+
+    def rotate(
+        self, tenant_id: str, endpoint_id: str, *, grace_seconds: int, secret: str | None, now: datetime
+    ) -> tuple[dict[str, Any], str]:
+        """A new secret; for the grace, 0 to 7 days, the old ones sign beside it: five at most."""
+        fresh = secret or new_webhook_secret()
+        with self.database.write() as connection:
+            row = self._find(connection, tenant_id, endpoint_id, lock=True)
+            old = keep_old(row["secret"], row["old_secrets"], grace_seconds=grace_seconds, now=now)
+            values = {
+                "secret": self.box.seal(fresh, endpoint_context(endpoint_id)),
+                "old_secrets": old,
+            }
+            self._update(connection, endpoint_id, values, now=now)
+            return self._view(connection, self._find(connection, tenant_id, endpoint_id)), fresh
+
+    def test(self, tenant_id: str, endpoint_id: str, *, by: str, now: datetime) -> str:
+        """Send a test event, whatever the endpoint subscribed to. The id of its delivery."""
+        with self.database.write() as connection:
+            row = self._find(connection, tenant_id, endpoint_id)
+            if row["status"] == "disabled":
+                raise Conflict("the endpoint is disabled; enable it first", current_status="disabled")
+            identity = message_id(endpoint_id, new_id(), SystemEvent.ENDPOINT_TEST)
+            told = Told(
+                id=identity,
+                tenant_id=tenant_id,
+                event_type=SystemEvent.ENDPOINT_TEST.value,
+                data={"endpoint_id": endpoint_id, "url": row["url"], "asked_by": by},
+                created_by=by,
+                targets=[Target(endpoint_id, row["url"], endpoint_id, retry_schedule=())],
+            )
+            record(connection, [told], now=now, trigger="test")
+            d = webhook_deliveries.c
+            delivery_id: str = connection.execute(
+                sa.select(d.id).where(d.message_id == identity)
+            ).scalar_one()
+            return delivery_id
+
+    def public_key(self, tenant_id: str) -> str:
+        """What receivers verify v1a signatures with; the key pair is made when there is none."""
+        with self.database.write() as connection:
+            return asymmetric.public_key(self._need_key_pair(connection, tenant_id))
+
+    def _columns(self, endpoint_id: str, wanted: EndpointChange) -> dict[str, Any]:
+        """The columns for the fields that were given; sealed where they must be."""
+        given = wanted.model_dump(exclude_unset=True, exclude={"secret"})
+        for name in _DEFAULTS:
+            if name in given and given[name] is None:
+                del given[name]  # null is no value of these
+        if given.get("url") is not None:
+            given["url"] = self._target(given["url"])
+        if isinstance(given.get("retry_schedule"), str):
+            given["retry_schedule"] = list(SCHEDULES[given["retry_schedule"]])
+        if "filters" in given:
+            given["filters"] = {name: values for name, values in given["filters"].items() if values}
+        context = endpoint_context(endpoint_id)
+        if "headers" in given:
+            headers = given["headers"]
+            given["headers"] = self.box.seal(json.dumps(headers), context) if headers else None
+        if given.get("client_certificate"):
+            given["client_certificate"] = self.box.seal(given["client_certificate"], context)
+        return given
+
+    def _target(self, url: str) -> str:
+        try:
+            return check_url(url, self.policy).url
+        except WebhookUrlRefused as refused:
+            refused.errors = (FieldError("/url", str(refused), refused.code),)
+            raise
+
+    def _find(
+        self, connection: sa.Connection, tenant_id: str, endpoint_id: str, *, lock: bool = False
+    ) -> sa.RowMapping:
+        query = sa.select(e).where(e.c.id == endpoint_id, e.c.tenant_id == tenant_id)
+        row = connection.execute(query.with_for_update() if lock else query).mappings().first()
+        if row is None:
+            raise EndpointNotFound(f"there is no webhook endpoint {endpoint_id}", endpoint_id=endpoint_id)
+        return row
+
+    def _update(
+        self, connection: sa.Connection, endpoint_id: str, values: Mapping[str, Any], *, now: datetime
+    ) -> None:
+        changed = dict(values) | {"version": e.c.version + 1, "updated_at": now}
+        connection.execute(sa.update(e).where(e.c.id == endpoint_id).values(changed))
+
+    def _need_key_pair(self, connection: sa.Connection, tenant_id: str) -> str:
+        t = tenants.c
+        context = signing_key_context(tenant_id)
+        query = sa.select(t.webhook_signing_key).where(t.id == tenant_id).with_for_update()
+        sealed = connection.execute(query).scalar_one()
+        if sealed is not None:
+            return self.box.open(sealed, context)
+        private_key = asymmetric.new_private_key()
+        sealed = self.box.seal(private_key, context)
+        connection.execute(sa.update(tenants).where(t.id == tenant_id).values(webhook_signing_key=sealed))
+        return private_key
+
+    def _view(self, connection: sa.Connection, row: Mapping[Any, Any]) -> dict[str, Any]:
+        headers = row["headers"]
+        names = json.loads(self.box.open(headers, endpoint_context(row["id"]))) if headers else {}
+        health = (
+            connection.execute(sa.select(webhook_health).where(webhook_health.c.target_id == row["id"]))
+            .mappings()
+            .first()
+        )
+        return {
+            **{name: row[name] for name in _PLAIN},
+            "filters": EndpointFilters(**row["filters"]).model_dump(),
+            "header_names": sorted(names),
+            "has_client_certificate": row["client_certificate"] is not None,
+            "has_ca_certificate": row["ca_certificate"] is not None,
+            "secrets_in_grace": len(row["old_secrets"]),
+            **{name: row[name] for name in ("disabled_at", "enabled_at", "created_at", "updated_at")},
+            "health": _health_view(health),
+        }
+
+
+def _health_view(row: Mapping[Any, Any] | None) -> dict[str, Any]:
+    names = ("failing_since", "last_failure_at", "last_success_at", "blocked_until", "blocked_reason")
+    known = {name: row[name] if row is not None else None for name in names}
+    return {"consecutive_failures": row["consecutive_failures"] if row is not None else 0, **known}
+
+
+def keep_old(
+    newest: str, old: Sequence[Mapping[str, str]], *, grace_seconds: int, now: datetime
+) -> list[dict[str, str]]:
+    """The old secrets after a rotation: the newest until now, and those whose grace still runs."""
+    if not 0 <= grace_seconds <= MAX_GRACE_SECONDS:
+        raise Unprocessable(f"grace_seconds must be 0 to {MAX_GRACE_SECONDS}")
+    if grace_seconds == 0:
+        return []  # a leaked secret: none of the old ones signs any more
+    until = (now + timedelta(seconds=grace_seconds)).isoformat()
+    living = [dict(each) for each in old if datetime.fromisoformat(each["expires_at"]) > now]
+    return [{"sealed": newest, "expires_at": until}, *living][: MAX_SECRETS - 1]
