@@ -28,7 +28,7 @@ from laneway import models
 from laneway.clock import Clock, new_id
 from laneway.db import Database
 from laneway.errors import Forbidden, LanewayError, NotFound, Unauthenticated
-from laneway.webhooks.secrets import SecretBox, new_webhook_secret, tenant_context
+from laneway.webhooks.secrets import SecretBox, keep_old, new_webhook_secret, tenant_context
 
 DEFAULT_TENANT = "default"
 CACHE_SECONDS = 30.0
@@ -248,3 +248,35 @@ def webhook_secret(database: Database, box: SecretBox, tenant_id: str) -> str:
     if sealed is None:
         raise NotFound("there is no such tenant")
     return box.open(sealed, tenant_context(tenant_id))
+
+
+def rotate_webhook_secret(
+    database: Database,
+    box: SecretBox,
+    tenant_id: str,
+    *,
+    grace_seconds: int,
+    secret: str | None,
+    now: datetime,
+) -> str:
+    """A new webhook secret of the tenant; for the grace the old ones sign beside it (webhooks/secrets.py).
+
+    Raises NotFound for an unknown tenant.
+    """
+    t = models.tenants.c
+    fresh = secret or new_webhook_secret()
+    with database.write() as connection:
+        query = sa.select(t.webhook_secret, t.old_webhook_secrets).where(t.id == tenant_id)
+        row = connection.execute(query.with_for_update()).first()
+        if row is None:
+            raise NotFound("there is no such tenant")
+        values = {
+            "webhook_secret": box.seal(fresh, tenant_context(tenant_id)),
+            "old_webhook_secrets": keep_old(
+                row.webhook_secret, row.old_webhook_secrets, grace_seconds=grace_seconds, now=now
+            ),
+            "version": t.version + 1,
+            "updated_at": now,
+        }
+        connection.execute(sa.update(models.tenants).where(t.id == tenant_id).values(values))
+    return fresh

@@ -8,7 +8,7 @@ may be repeated: after a lost reply to the commit, the second time changes nothi
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -25,6 +25,7 @@ from laneway.webhooks import endpoint_health
 from laneway.webhooks.formats import Format
 from laneway.webhooks.health import SUSPECT_FAILURES, BlockedReason, Health
 from laneway.webhooks.retries import Answer, DeliveryStatus, Verdict
+from laneway.webhooks.secrets import live_secrets
 
 CLAIM_ROWS = 64
 # Written out, not bound: only so do both stores see that the partial index serves.
@@ -434,11 +435,6 @@ def _claimed(row: sa.RowMapping, *, now: datetime) -> Claimed:
             blocked_reason=BlockedReason(reason) if reason is not None else None,
         ),
     )
-
-
-def live_secrets(newest: str, old: Iterable[Mapping[str, str]], *, now: datetime) -> list[str]:
-    """The sealed secrets that sign now: the newest, and the old ones whose grace is not over."""
-    return [newest] + [each["sealed"] for each in old if datetime.fromisoformat(each["expires_at"]) > now]
 
 
 def _attempt(each: Finished) -> tuple[object, ...]:

@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 import re
 import ssl
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Annotated, Any, Literal, Self
 
 import sqlalchemy as sa
@@ -20,7 +20,7 @@ from laneway.clock import new_id
 from laneway.db import Database
 from laneway.domain.events import DEFAULT_WEBHOOK_EVENTS, SystemEvent, known_pattern
 from laneway.domain.spec import DEFAULT_QUEUE
-from laneway.errors import Conflict, EndpointNotFound, FieldError, Unprocessable, WebhookUrlRefused
+from laneway.errors import Conflict, EndpointNotFound, FieldError, WebhookUrlRefused
 from laneway.models import tenants, webhook_deliveries, webhook_health
 from laneway.models import webhook_endpoints as e
 from laneway.webhooks import asymmetric
@@ -30,14 +30,11 @@ from laneway.webhooks.guard import Policy, check_url
 from laneway.webhooks.messages import Target, Told, message_id, record
 from laneway.webhooks.papers import endpoint_context, make_context, signing_key_context
 from laneway.webhooks.retries import MAX_TIMEOUT_SECONDS, QUICK_SECONDS, STANDARD_SECONDS
-from laneway.webhooks.secrets import SecretBox, new_webhook_secret, parse_webhook_secret
+from laneway.webhooks.secrets import SecretBox, keep_old, new_webhook_secret, parse_webhook_secret
 
 MAX_ENDPOINTS = 100  # of a tenant
 MAX_HEADERS = 20
 MAX_HEADER_VALUE = 1000
-MAX_SECRETS = 5  # that sign at the same time
-MAX_GRACE_SECONDS = 7 * 24 * 3600
-GRACE_SECONDS = 24 * 3600
 _HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,100}")
 _HEADER_VALUE = re.compile(r"[\x21-\x7e]([\x20-\x7e]*[\x21-\x7e])?")
 _RESERVED_HEADERS = frozenset(
@@ -378,16 +375,3 @@ def _health_view(row: Mapping[Any, Any] | None) -> dict[str, Any]:
     names = ("failing_since", "last_failure_at", "last_success_at", "blocked_until", "blocked_reason")
     known = {name: row[name] if row is not None else None for name in names}
     return {"consecutive_failures": row["consecutive_failures"] if row is not None else 0, **known}
-
-
-def keep_old(
-    newest: str, old: Sequence[Mapping[str, str]], *, grace_seconds: int, now: datetime
-) -> list[dict[str, str]]:
-    """The old secrets after a rotation: the newest until now, and those whose grace still runs."""
-    if not 0 <= grace_seconds <= MAX_GRACE_SECONDS:
-        raise Unprocessable(f"grace_seconds must be 0 to {MAX_GRACE_SECONDS}")
-    if grace_seconds == 0:
-        return []  # a leaked secret: none of the old ones signs any more
-    until = (now + timedelta(seconds=grace_seconds)).isoformat()
-    living = [dict(each) for each in old if datetime.fromisoformat(each["expires_at"]) > now]
-    return [{"sealed": newest, "expires_at": until}, *living][: MAX_SECRETS - 1]

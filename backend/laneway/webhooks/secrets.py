@@ -12,8 +12,9 @@ import hashlib
 import os
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,9 @@ KEY_BYTES = 32
 NONCE_BYTES = 12
 KEY_FILE = "encryption.key"
 MIN_SECRET_BYTES, MAX_SECRET_BYTES = 24, 64
+MAX_SECRETS = 5  # that sign at the same time
+GRACE_SECONDS = 24 * 3600
+MAX_GRACE_SECONDS = 7 * 24 * 3600
 SECRET_PREFIX = "whsec_"  # noqa: S105 - the name of the form, from Standard Webhooks
 _KEY_ID = re.compile(r"[A-Za-z0-9_-]{1,32}")
 
@@ -85,6 +89,25 @@ def tenant_context(tenant_id: str) -> str:
 def new_webhook_secret() -> str:
     """A fresh signing secret: `whsec_` and 32 random bytes in base64 (Standard Webhooks 1.0.0)."""
     return SECRET_PREFIX + _base64(secrets.token_bytes(32))
+
+
+def live_secrets(newest: str, old: Iterable[Mapping[str, str]], *, now: datetime) -> list[str]:
+    """The sealed secrets that sign now: the newest, and the old ones whose grace is not over."""
+    return [newest] + [each["sealed"] for each in old if datetime.fromisoformat(each["expires_at"]) > now]
+
+
+def keep_old(
+    newest: str, old: Sequence[Mapping[str, str]], *, grace_seconds: int, now: datetime
+) -> list[dict[str, str]]:
+    """The old secrets after a rotation: the newest until now, and those whose grace still runs.
+
+    Five sign at once, at most. Without a grace none of the old ones signs any more: one had leaked.
+    """
+    if grace_seconds == 0:
+        return []
+    until = (now + timedelta(seconds=grace_seconds)).isoformat()
+    living = [dict(each) for each in old if datetime.fromisoformat(each["expires_at"]) > now]
+    return [{"sealed": newest, "expires_at": until}, *living][: MAX_SECRETS - 1]
 
 
 def parse_webhook_secret(text: str) -> str:
