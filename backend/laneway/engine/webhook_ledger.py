@@ -1,0 +1,192 @@
+"""The ledger of deliveries: what was sent where, how it went, and sending it again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+import sqlalchemy as sa
+
+from laneway.engine.queries import Scope, stamp
+from laneway.errors import Conflict, DeliveryNotFound
+from laneway.models import webhook_attempts, webhook_endpoints, webhook_messages
+from laneway.models import webhook_deliveries as deliveries
+from laneway.webhooks.messages import GIVE_UP_AFTER
+from laneway.webhooks.retries import DeliveryStatus
+
+MAX_ATTEMPTS_SHOWN = 100
+
+d = deliveries.c
+m = webhook_messages.c
+a = webhook_attempts.c
+e = webhook_endpoints.c
+
+_ENDED = (
+    DeliveryStatus.DELIVERED,
+    DeliveryStatus.DEAD,
+    DeliveryStatus.CANCELLED,
+    DeliveryStatus.SUPERSEDED,
+    DeliveryStatus.SKIPPED,
+)
+_DELIVERY = (
+    "id",
+    "message_id",
+    "event_type",
+    "job_id",
+    "endpoint_id",
+    "channel",
+    "url",
+    "trigger",
+    "status",
+    "attempt_count",
+    "max_attempts",
+    "last_status_code",
+    "last_error",
+)
+_DELIVERY_MOMENTS = ("created_at", "next_at", "give_up_at", "delivered_at", "updated_at")
+_ATTEMPT = (
+    "number",
+    "trigger",
+    "remote_ip",
+    "status_code",
+    "error_class",
+    "error",
+    "dns_ms",
+    "connect_ms",
+    "first_byte_ms",
+    "total_ms",
+    "request_bytes",
+    "response_headers",
+    "response_body",
+    "response_truncated",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class DeliveryFilter:
+    """Which deliveries; None means any. Moments are exclusive."""
+
+    status: DeliveryStatus | None = None
+    event_type: str | None = None
+    endpoint_id: str | None = None
+    job_id: str | None = None
+    created_after: datetime | None = None
+    created_before: datetime | None = None
+
+    def clauses(self) -> list[sa.ColumnElement[bool]]:
+        wanted: list[sa.ColumnElement[bool]] = []
+        for column, value in (
+            (d.status, self.status),
+            (m.event_type, self.event_type),
+            (d.endpoint_id, self.endpoint_id),
+            (d.job_id, self.job_id),
+        ):
+            if value is not None:
+                wanted.append(column == str(value))
+        if self.created_after is not None:
+            wanted.append(d.created_at > self.created_after)
+        if self.created_before is not None:
+            wanted.append(d.created_at < self.created_before)
+        return wanted
+
+
+def page(
+    connection: sa.Connection, scope: Scope, wanted: DeliveryFilter, *, limit: int, before: str | None
+) -> tuple[list[dict[str, Any]], bool]:
+    """At most `limit` deliveries, newest first, and whether more follow. `before`: the last id so far."""
+    query = _select(scope).where(*wanted.clauses()).order_by(d.id.desc()).limit(limit + 1)
+    if before is not None:
+        query = query.where(d.id < before)
+    rows = [_view(row) for row in connection.execute(query).mappings()]
+    return rows[:limit], len(rows) > limit
+
+
+def get(connection: sa.Connection, scope: Scope, delivery_id: str) -> dict[str, Any]:
+    """A delivery, what is sent, and its newest attempts, oldest first. Raises DeliveryNotFound."""
+    row = _find(connection, scope, delivery_id)
+    newest = (
+        sa.select(webhook_attempts)
+        .where(a.delivery_id == delivery_id)
+        .order_by(a.number.desc())
+        .limit(MAX_ATTEMPTS_SHOWN)
+    )
+    attempts = [_attempt(each) for each in connection.execute(newest).mappings()][::-1]
+    payload = row["payload"]
+    return {**_view(row), "payload": payload and payload.decode(), "attempts": attempts}
+
+
+def redeliver(connection: sa.Connection, scope: Scope, delivery_id: str, *, now: datetime) -> dict[str, Any]:
+    """Send it again, from the first byte to the last as it was, with its whole schedule before it.
+
+    Raises DeliveryNotFound; Conflict while it is on its way, when its endpoint is disabled or gone, and
+    once its payload was pruned.
+    """
+    row = _find(connection, scope, delivery_id, lock=True)
+    if row["status"] not in _ENDED:
+        raise Conflict(f"the delivery is {row['status']} already", current_status=row["status"])
+    if row["payload"] is None:
+        raise Conflict("what it said was pruned: nothing is left to send", current_status=row["status"])
+    if row["endpoint_id"] is not None:
+        status = connection.execute(sa.select(e.status).where(e.id == row["endpoint_id"])).scalar()
+        if status in (None, "disabled"):
+            said = "deleted" if status is None else "disabled; enable it first"
+            raise Conflict(f"its endpoint is {said}", current_status=row["status"])
+    send_again(connection, [row], trigger="manual", now=now)
+    return get(connection, scope, delivery_id)
+
+
+def send_again(
+    connection: sa.Connection,
+    rows: Sequence[Mapping[Any, Any]],
+    *,
+    trigger: str,
+    now: datetime,
+    per_second: float | None = None,
+    priority: int = 0,
+) -> int:
+    """Put ended deliveries back; how many. With `per_second` they fall due one after the other."""
+    changed = 0
+    for place, row in enumerate(rows):
+        schedule = row["retry_schedule"]
+        due = now if per_second is None else now + timedelta(seconds=place / per_second)
+        changed += connection.execute(
+            sa.update(deliveries)
+            .where(d.id == row["id"], d.status.in_(_ENDED))
+            .values(
+                status=DeliveryStatus.PENDING.value,
+                trigger=trigger,
+                priority=priority,
+                max_attempts=d.attempt_count + len(schedule) + 1,
+                next_at=due,
+                give_up_at=due + timedelta(seconds=sum(schedule)) + GIVE_UP_AFTER,
+                delivered_at=None,
+                version=d.version + 1,
+                updated_at=now,
+            )
+        ).rowcount
+    return changed
+
+
+def _find(connection: sa.Connection, scope: Scope, delivery_id: str, *, lock: bool = False) -> sa.RowMapping:
+    query = _select(scope).add_columns(m.payload).where(d.id == delivery_id)
+    row = connection.execute(query.with_for_update(of=deliveries) if lock else query).mappings().first()
+    if row is None:
+        raise DeliveryNotFound(f"there is no webhook delivery {delivery_id}", delivery_id=delivery_id)
+    return row
+
+
+def _select(scope: Scope) -> sa.Select[Any]:
+    mine = [d.tenant_id == scope.tenant_id]
+    if scope.subject is not None:
+        mine.append(d.created_by == scope.subject)
+    return sa.select(deliveries, m.event_type).join(webhook_messages, m.id == d.message_id).where(*mine)
+
+
+def _view(row: Mapping[Any, Any]) -> dict[str, Any]:
+    return {name: row[name] for name in _DELIVERY} | {name: stamp(row[name]) for name in _DELIVERY_MOMENTS}
+
+
+def _attempt(row: Mapping[Any, Any]) -> dict[str, Any]:
+    return {name: row[name] for name in _ATTEMPT} | {"started_at": stamp(row["started_at"])}
