@@ -27,6 +27,9 @@ class DeliveryStatus(StrEnum):
     DEAD = "dead"  # given up
 
 
+UNDONE = frozenset({DeliveryStatus.PENDING, DeliveryStatus.SENDING, DeliveryStatus.RETRYING})
+
+
 class ErrorClass(StrEnum):
     """Why an attempt failed, for programs."""
 
