@@ -6,7 +6,8 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo dev be worker scheduler courier up test check format docs bench lock clean
+.PHONY: help demo dev be worker scheduler courier up test check format docs lock clean
+.PHONY: chaos soak model simulation bench
 
 help:
 	@awk 'BEGIN { FS = ":.*## " } \
@@ -55,9 +56,6 @@ format: $(INSTALLED) ## put the code into its one form
 docs: $(INSTALLED) ## write the reference pages from the code
 	$(BIN)/laneway docs
 
-bench: $(INSTALLED) ## measure; wants a quiet machine
-	PYTHONPATH=tests $(BIN)/python -m bench
-
 lock: $(INSTALLED) ## write both lock files anew, with hashes, for every platform we run on
 	$(BIN)/pip install --quiet uv==$(UV_VERSION)
 	$(BIN)/uv pip compile pyproject.toml --extra embedded $(COMPILE) --output-file requirements.lock
@@ -66,6 +64,22 @@ lock: $(INSTALLED) ## write both lock files anew, with hashes, for every platfor
 clean: ## remove what was installed, built or cached; data folders stay
 	rm -rf .venv build dist backend/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+##@ Put it to the proof
+chaos: $(INSTALLED) ## break real processes, servers and networks: three seeds, under four minutes
+	PYTHONPATH=tests $(BIN)/python -m chaos --smoke
+
+soak: $(INSTALLED) ## the same before a release: 20 seeds, then load without faults, about an hour
+	PYTHONPATH=tests $(BIN)/python -m chaos --soak
+
+model: $(INSTALLED) ## both stores against a model: 100,000 random steps each, then four processes at once
+	PYTHONPATH=tests $(BIN)/python -m model
+
+simulation: $(INSTALLED) ## 50,000 seeds of the protocol in virtual time: twelve minutes of a core
+	PYTHONPATH=tests $(BIN)/python -m simulation --seeds 50000
+
+bench: $(INSTALLED) ## measure; wants a quiet machine
+	PYTHONPATH=tests $(BIN)/python -m bench
 
 COMPILE := --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
 	--custom-compile-command "make lock"

@@ -30,7 +30,8 @@ from laneway.models import metadata
 from laneway.settings import get_settings
 
 LOCK_TIMEOUT = "2s"
-STATEMENT_TIMEOUT = "30s"  # a revision that builds an index concurrently sets its own
+STATEMENT_TIMEOUT = "30s"  # a revision that builds an index concurrently lifts both, then sets them again
+LONGEST_SECONDS = 4 * 3600.0  # when a silent server is given up: an index of a large table takes long
 MIGRATOR_LOCK = 0x6C616E65776179  # "laneway"
 MIGRATOR_WAIT_SECONDS = 120.0
 
@@ -42,7 +43,7 @@ def run() -> None:
         with context.begin_transaction():
             context.run_migrations()
         return
-    database = Database(url, pool_size=2)
+    database = Database(url, pool_size=2, statement_seconds=LONGEST_SECONDS)
     try:
         if database.dialect == "sqlite":
             _migrate_sqlite(database)
@@ -79,9 +80,9 @@ def _migrate_postgresql(database: Database) -> None:
 def _only_migrator(database: Database) -> Iterator[None]:
     deadline = time.monotonic() + MIGRATOR_WAIT_SECONDS
     with database.engine.connect() as connection:
-        while not connection.scalar(
-            sa.text("SELECT pg_try_advisory_xact_lock(:key)"), {"key": MIGRATOR_LOCK}
-        ):
+        # Without parameters: a statement that has some keeps its snapshot until the transaction ends.
+        locking = f"SELECT pg_try_advisory_xact_lock({MIGRATOR_LOCK})"
+        while not connection.exec_driver_sql(locking).scalar():
             connection.rollback()
             if time.monotonic() > deadline:
                 raise Unavailable(

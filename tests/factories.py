@@ -125,6 +125,47 @@ def add_worker(database: Database, *, state: str = "active", **columns: Any) -> 
     return str(row["id"])
 
 
+def add_webhook(
+    database: Database,
+    job_id: str,
+    status: str = "delivered",
+    *,
+    at: datetime = NOW,
+    job_seq: int | None = None,
+    next_at: datetime | None = None,
+    **attempt: Any,
+) -> str:
+    """The id of a delivery of one of the job's webhooks, with its message and one attempt at `at`."""
+    owned = {"tenant_id": TENANT, "created_by": "alice"}
+    m = models.webhook_messages
+    with database.write() as connection:
+        others = sa.select(sa.func.count()).select_from(m).where(m.c.job_id == job_id)
+        message = {
+            "id": f"msg_{new_id()}",
+            "job_id": job_id,
+            "job_seq": job_seq or connection.execute(others).scalar_one() + 1,
+            "event_type": "job.completed",
+            "payload": b"{}",
+        }
+        delivery = {
+            "id": new_id(),
+            "message_id": message["id"],
+            "job_id": job_id,
+            "url": "https://example.org/",
+            "status": status,
+            "attempt_count": 1,
+            "max_attempts": 3,
+            "next_at": next_at or at,
+            "lease_owner": new_id() if status == "sending" else None,
+            "delivered_at": at if status == "delivered" else None,
+        }
+        made = {"id": new_id(), "delivery_id": delivery["id"], "number": 1, "started_at": at, "total_ms": 1}
+        connection.execute(sa.insert(m).values(owned | message))
+        connection.execute(sa.insert(models.webhook_deliveries).values(owned | delivery))
+        connection.execute(sa.insert(models.webhook_attempts).values(owned | made | attempt))
+    return str(delivery["id"])
+
+
 def change(database: Database, table: sa.Table, row_id: str, **columns: Any) -> None:
     """Write `columns` past the engine: what another process, or an operator, would have done."""
     with database.write() as connection:

@@ -1,10 +1,12 @@
-"""Time and ids: the only module that asks the operating system what time it is."""
+"""Time, ids, and when to try again: the only module that asks the operating system what time it is."""
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Protocol
 
@@ -52,6 +54,46 @@ class FrozenClock:
         return self._now
 
 
+class Breaker:
+    """Whether to try what failed a moment ago: not for `seconds`, and then one caller after the other.
+
+    Each caller asks `may_try`, and says `failed` when nobody answered, `worked` when somebody did. Safe to
+    share between threads.
+    """
+
+    def __init__(self, monotonic: Callable[[], float], *, seconds: float) -> None:
+        self._monotonic = monotonic
+        self._seconds = seconds
+        self._lock = threading.Lock()
+        self._shut_until = -math.inf
+
+    @property
+    def shut(self) -> bool:
+        """True from a failure until something worked."""
+        return self._shut_until > -math.inf
+
+    def may_try(self) -> bool:
+        """False while shut. When that is over one caller tries; the others wait for another `seconds`."""
+        if not self.shut:
+            return True
+        with self._lock:
+            now = self._monotonic()
+            if now < self._shut_until:
+                return False
+            if self.shut:
+                self._shut_until = now + self._seconds
+            return True
+
+    def failed(self) -> None:
+        with self._lock:
+            self._shut_until = self._monotonic() + self._seconds
+
+    def worked(self) -> None:
+        if self.shut:
+            with self._lock:
+                self._shut_until = -math.inf
+
+
 class _Ids:
     """The state behind `new_id`. Random bytes are fetched for many ids at once: the call gives up the GIL,
     and under load it costs a hundred times more to get that back than to make an id."""
@@ -90,7 +132,15 @@ def new_id() -> str:
     The 12 bits after the millisecond count up (RFC 9562 section 6.2, method 1), so a batch made in
     one millisecond keeps its order; past 4,096 a millisecond the stamp runs ahead of the clock.
     """
-    stamp, tail = _ids.next()
+    return _text(*_ids.next())
+
+
+def first_id(moment: datetime, *, seconds: float = 0.0) -> str:
+    """The smallest UUIDv7 of that millisecond, `seconds` later: what was made earlier sorts before it."""
+    return _text(max(0, int((moment.timestamp() + seconds) * 1000)) << 12, 0)
+
+
+def _text(stamp: int, tail: int) -> str:
     number = (stamp >> 12) << 80 | 0x7 << 76 | (stamp & 0xFFF) << 64 | 0x2 << 62 | tail
     text = f"{number:032x}"
     return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"

@@ -11,7 +11,7 @@ import json
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -23,11 +23,18 @@ import sqlalchemy as sa
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 
+from laneway.clock import Breaker
+
 POOL_SIZE = 10
 POOL_TIMEOUT_SECONDS = 2.0
-STATEMENT_TIMEOUT_MS = 10_000
-LOCK_TIMEOUT_MS = 5_000
+STATEMENT_SECONDS = 10.0
+LOCK_SECONDS = 5.0
+CONNECT_SECONDS = 3  # libpq takes whole seconds, from 2 on
+SILENCE_FACTOR = 1.2  # of the statement timeout: a server that lives has cancelled the statement by then
+BREAK_SECONDS = 1.0
 SQLITE_BUSY_SECONDS = 10.0
+
+_READ_ONLY = "25006"
 
 Id = sa.Uuid(as_uuid=False).with_variant(sa.String(36), "sqlite")
 """A UUID: native on PostgreSQL, its usual text on SQLite, `str` in Python on both."""
@@ -175,21 +182,31 @@ def _encode(value: object) -> object:
 class Database:
     """One store: `read()` and `write()` are its transactions.
 
+    `statement_seconds` bounds each statement on PostgreSQL, by the server and, when that is silent, by this
+    side a fifth later. A store that answers nothing, or hands out no connection for two seconds, is left
+    alone for a second: everybody fails at once with sqlalchemy's TimeoutError, then one tries.
+
     A write transaction on SQLite begins IMMEDIATE: a deferred one that reads first and writes later is
     refused when another writer came between (SQLITE_BUSY, not retried by the busy timeout).
     """
 
-    def __init__(self, url: str, *, pool_size: int = POOL_SIZE) -> None:
+    def __init__(
+        self, url: str, *, pool_size: int = POOL_SIZE, statement_seconds: float = STATEMENT_SECONDS
+    ) -> None:
         self.url = sa.make_url(url)
         self.dialect = self.url.get_backend_name()
         self._pool_size = pool_size
+        self._statement_seconds = statement_seconds
+        self._breaker = Breaker(time.monotonic, seconds=BREAK_SECONDS)
 
     @cached_property
     def engine(self) -> sa.Engine:
         if self.dialect == "sqlite":
             return _sqlite_engine(self.url, self._pool_size)
         if self.dialect == "postgresql":
-            return _postgresql_engine(self.url, self._pool_size)
+            return _postgresql_engine(
+                self.url, self._pool_size, self._statement_seconds, silent=self._breaker.failed
+            )
         raise ValueError(
             f"LANEWAY_DATABASE_URL: {self.dialect!r} is not a store; use postgresql:// or sqlite:///"
         )
@@ -197,7 +214,7 @@ class Database:
     @contextmanager
     def write(self) -> Iterator[sa.Connection]:
         """A transaction that may change rows; commits when the block ends, rolls back when it raises."""
-        with self.engine.connect() as connection:
+        with self._connected() as connection:
             if self.dialect == "sqlite":
                 connection.execution_options(laneway_immediate=True)
             with connection.begin():
@@ -213,14 +230,27 @@ class Database:
             with self.write() as connection:
                 yield connection
             return
-        with self.engine.connect() as connection:
+        with self._connected() as connection:
             yield connection.execution_options(isolation_level="AUTOCOMMIT")
 
     @contextmanager
     def read(self) -> Iterator[sa.Connection]:
         """A transaction that only looks."""
-        with self.engine.connect() as connection, connection.begin():
+        with self._connected() as connection, connection.begin():
             yield connection
+
+    @contextmanager
+    def _connected(self) -> Iterator[sa.Connection]:
+        if not self._breaker.may_try():
+            raise sa.exc.TimeoutError("the store did not answer a moment ago")
+        try:
+            connection = self.engine.connect()
+        except sa.exc.TimeoutError:  # the pool is exhausted
+            self._breaker.failed()
+            raise
+        with connection:
+            yield connection
+        self._breaker.worked()
 
     def dispose(self) -> None:
         if "engine" in self.__dict__:
@@ -270,15 +300,40 @@ def _write_ahead(connection: sqlite3.Connection) -> None:
             return
 
 
-def _postgresql_engine(url: sa.URL, pool_size: int) -> sa.Engine:
-    options = f"-c statement_timeout={STATEMENT_TIMEOUT_MS} -c lock_timeout={LOCK_TIMEOUT_MS} -c timezone=UTC"
-    return sa.create_engine(
+def _postgresql_engine(
+    url: sa.URL, pool_size: int, statement_seconds: float, *, silent: Callable[[], None]
+) -> sa.Engine:
+    """`silent` is told when the server does not answer at all."""
+    import psycopg  # who is on SQLite does not load it
+
+    class Connection(psycopg.Connection[Any]):
+        """One that gives up on a server that says nothing.
+
+        libpq has no such timeout of its own, and TCP only notices a peer that acknowledges nothing: not a
+        stopped server, nor a proxy that swallows bytes.
+        """
+
+        def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:
+            if timeout is not None:
+                return super().wait(gen, interval, timeout)
+            try:
+                return super().wait(gen, interval, statement_seconds * SILENCE_FACTOR)
+            except psycopg.errors._WaitTimeout:
+                self.pgconn.finish()  # whatever still comes must not answer the next statement
+                silent()
+                raise psycopg.OperationalError("the server is silent") from None
+
+    statement_ms = round(statement_seconds * 1000)
+    lock_ms = round(min(LOCK_SECONDS, statement_seconds) * 1000)
+    engine = sa.create_engine(
         url,
         connect_args={
-            "options": options,
-            "connect_timeout": 5,
+            "options": f"-c statement_timeout={statement_ms} -c lock_timeout={lock_ms} -c timezone=UTC",
+            "connect_timeout": max(2, min(CONNECT_SECONDS, int(statement_seconds))),
             "target_session_attrs": "read-write",
             "keepalives_idle": 30,
+            "keepalives_interval": 5,
+            "keepalives_count": 3,
             "tcp_user_timeout": 10_000,
             "application_name": "laneway",
         },
@@ -287,3 +342,19 @@ def _postgresql_engine(url: sa.URL, pool_size: int) -> sa.Engine:
         pool_timeout=POOL_TIMEOUT_SECONDS,
         hide_parameters=True,  # an error that is logged must not carry what a job was given
     )
+
+    @sa.event.listens_for(engine, "do_connect")
+    def _connect(_dialect: Any, _record: Any, args: Any, parameters: Any) -> Any:
+        try:
+            return Connection.connect(*args, **parameters)
+        except psycopg.errors.ConnectionTimeout:
+            silent()
+            raise
+
+    @sa.event.listens_for(engine, "handle_error")
+    def _leave_a_replica(context: sa.ExceptionContext) -> None:
+        """After a failover the old master only reads: drop all connections; new ones look for the master."""
+        if getattr(context.original_exception, "sqlstate", None) == _READ_ONLY:
+            context.is_disconnect = True
+
+    return engine

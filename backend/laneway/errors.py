@@ -6,6 +6,7 @@
     ├── Unauthenticated       401
     ├── Forbidden             403  known caller, missing right
     ├── NotFound              404  also for what belongs to another tenant
+    │   ├── DeadLetterNotFound
     │   ├── JobNotFound
     │   ├── JobTypeNotFound
     │   ├── EndpointNotFound
@@ -21,7 +22,10 @@
     │   ├── UnknownJobType
     │   └── WebhookUrlRefused
     ├── RateLimited           429
-    └── Unavailable           503  nothing was accepted; try again
+    ├── QuotaQueued           429  too many jobs of the tenant wait
+    └── Unavailable           503  try again
+        ├── StorageUnavailable     nobody can say that anything was written
+        └── Overloaded             too many jobs wait
 
 A handler answers by raising: PermanentError, TransientError, Retry, Snooze. JobCancelled and
 JobTimeout derive from BaseException, so that `except Exception` in a handler cannot swallow them.
@@ -30,6 +34,7 @@ JobTimeout derive from BaseException, so that `except Exception` in a handler ca
 from __future__ import annotations
 
 from dataclasses import dataclass
+from random import randint
 from typing import Any, ClassVar
 
 
@@ -40,6 +45,11 @@ class FieldError:
     pointer: str
     detail: str
     code: str
+
+
+def try_again_seconds() -> int:
+    """2 to 10, drawn: callers that were refused together shall not come back together."""
+    return randint(2, 10)  # noqa: S311 - jitter
 
 
 class LanewayError(Exception):
@@ -92,6 +102,10 @@ class NotFound(LanewayError):
 
 class JobNotFound(NotFound):
     code, title = "job_not_found", "There is no such job"
+
+
+class DeadLetterNotFound(NotFound):
+    code, title = "dead_letter_not_found", "There is no such dead letter"
 
 
 class JobTypeNotFound(NotFound):
@@ -150,12 +164,25 @@ class RateLimited(LanewayError):
     code, status, title = "rate_limited", 429, "Too many requests"
 
 
+class QuotaQueued(LanewayError):
+    code, status, title = "quota_queued", 429, "Too many jobs of this tenant wait"
+
+
 class Unavailable(LanewayError):
+    """Asks for `try_again_seconds()` unless told otherwise."""
+
     code, status, title = "unavailable", 503, "Nothing was accepted; try again later"
+
+    def __init__(self, message: str = "", *, retry_after_seconds: int | None = None, **more: Any) -> None:
+        super().__init__(message, retry_after_seconds=retry_after_seconds or try_again_seconds(), **more)
 
 
 class StorageUnavailable(Unavailable):
     code, title = "storage_unavailable", "The database cannot be reached; nothing was accepted"
+
+
+class Overloaded(Unavailable):
+    code, title = "overloaded", "Too many jobs wait; more urgent ones are accepted"
 
 
 class PermanentError(Exception):

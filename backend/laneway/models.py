@@ -139,6 +139,22 @@ jobs = sa.Table(
     sa.CheckConstraint("attempt >= 0 AND retry_count >= 0 AND crash_count >= 0", name="counts"),
     # The fewer indexes, the cheaper each change of status. Each of these serves one query.
     sa.Index("ix_jobs_tenant_id_id", "tenant_id", "id"),
+    sa.Index("ix_jobs_tenant_id_created_by_id", "tenant_id", "created_by", "id"),
+    sa.Index("ix_jobs_tenant_id_job_type_id", "tenant_id", "job_type", "id"),
+    sa.Index(
+        "ix_jobs_blocked",
+        "tenant_id",
+        "id",
+        postgresql_where=sa.text("status = 'blocked'"),
+        sqlite_where=sa.text("status = 'blocked'"),
+    ),
+    sa.Index(
+        "ix_jobs_dead_letters",
+        "tenant_id",
+        "id",
+        postgresql_where=sa.text("dead_letter_reason IS NOT NULL"),
+        sqlite_where=sa.text("dead_letter_reason IS NOT NULL"),
+    ),
     sa.Index(
         "ix_jobs_queued",
         "lane",
@@ -170,6 +186,13 @@ jobs = sa.Table(
         "worker_id",
         postgresql_where=sa.text("status = 'running'"),
         sqlite_where=sa.text("status = 'running'"),
+    ),
+    sa.Index(
+        "ix_jobs_ended",
+        "status",
+        "finished_at",
+        postgresql_where=sa.text("finished_at IS NOT NULL"),
+        sqlite_where=sa.text("finished_at IS NOT NULL"),
     ),
     sa.Index(
         "uq_jobs_unique_key_active",
@@ -208,10 +231,12 @@ workers = sa.Table(
     sa.Column("pid", sa.Integer, nullable=False),
     sa.Column("version", sa.String(20), nullable=False),  # of Laneway
     sa.Column("lanes", Json, nullable=False),
+    sa.Column("job_types", Json),  # those it can run; NULL: it did not say
     sa.Column("state", sa.String(10), nullable=False),
     sa.Column("beat", sa.Integer, nullable=False, server_default="0"),
     sa.Column("beat_at", Moment, nullable=False, server_default=utc_now()),
     sa.Column("held", Json, nullable=False),  # lease tokens
+    sa.Column("begun", Json),  # those of them whose handlers have started, or are about to; NULL: not said
     sa.Column("started_at", Moment, nullable=False, server_default=utc_now()),
     sa.CheckConstraint("state IN ('active', 'draining', 'gone', 'dead')", name="state"),
     postgresql_with={"fillfactor": 50},  # beats touch no indexed column: HOT updates
@@ -347,6 +372,12 @@ webhook_deliveries = sa.Table(
         "lease_until",
         postgresql_where=sa.text("status = 'sending'"),
         sqlite_where=sa.text("status = 'sending'"),
+    ),
+    sa.Index(
+        "ix_webhook_deliveries_delivered",
+        "delivered_at",
+        postgresql_where=sa.text("delivered_at IS NOT NULL"),
+        sqlite_where=sa.text("delivered_at IS NOT NULL"),
     ),
     sa.Index("ix_webhook_deliveries_job_id", "job_id"),
     sa.Index("ix_webhook_deliveries_tenant_id_id", "tenant_id", "id"),

@@ -36,6 +36,11 @@ class Settings(BaseSettings):
         description="SQLAlchemy URL of the record: `postgresql://…` or `sqlite:///…`. "
         "Empty: `laneway.db` in the data folder.",
     )
+    statement_seconds: float = Field(
+        10.0,
+        gt=0,
+        description="Longest statement on PostgreSQL; a server silent for a fifth longer is given up.",
+    )
     redis_url: str = Field(
         "redis://127.0.0.1:6379/0", description="Redis of the lanes: `redis://`, `rediss://`, `unix://`."
     )
@@ -46,6 +51,12 @@ class Settings(BaseSettings):
     # The API
     host: str = Field("127.0.0.1", description="Address the API listens on.")
     port: int = Field(8000, ge=0, le=65535, description="Port the API listens on.")
+    unready_seconds: float = Field(
+        3.0,
+        ge=0,
+        description="After SIGTERM an API fails `/readyz` for so long, and still answers, before it closes: "
+        "the balancer looks elsewhere meanwhile. Take two of its probes.",
+    )
     public_url: str = Field(
         "", description="How clients reach the API; used in links. Empty: relative links."
     )
@@ -67,6 +78,19 @@ class Settings(BaseSettings):
         3, ge=1, description="A job that killed its process so often becomes a dead letter."
     )
 
+    waiting_per_tenant: int = Field(
+        100_000,
+        ge=1,
+        description="Jobs of one tenant that may wait (queued, scheduled, retrying); "
+        "more are answered 429 `quota_queued`.",
+    )
+    waiting_total: int = Field(
+        1_000_000,
+        ge=1,
+        description="Jobs of all tenants that may wait. Above it low priority is answered 503 `overloaded`, "
+        "above twice as many normal; high and critical are accepted.",
+    )
+
     # Workers
     concurrency: int = Field(
         0, ge=0, le=1024, description="Child processes of one worker; 0 means one a CPU."
@@ -85,10 +109,38 @@ class Settings(BaseSettings):
         5.0, ge=0, description="What a timed-out handler gets before it is killed."
     )
     recycle_jobs: int = Field(10_000, ge=1, description="A child is replaced after so many jobs.")
+    child_memory_mib: int = Field(
+        0,
+        ge=0,
+        description="MiB that one child may take beyond what it starts with (Linux); a handler that asks for "
+        "more gets MemoryError. A child that keeps more than half of it is replaced. 0: no limit.",
+    )
     poll_seconds: float = Field(
         1.0, gt=0, description="How often an idle worker looks without having been called."
     )
-    tick_seconds: float = Field(1.0, gt=0, description="How often the scheduler runs its sweeps.")
+    tick_seconds: float = Field(
+        1.0, gt=0, description="How often the scheduler runs its sweeps; at most lease / 6."
+    )
+
+    # What is kept
+    keep_completed_days: int = Field(
+        30, ge=0, le=36_500, description="Completed jobs are deleted after so many days; 0 keeps them."
+    )
+    keep_cancelled_days: int = Field(
+        30, ge=0, le=36_500, description="Cancelled and expired jobs likewise; 0 keeps them."
+    )
+    keep_failed_days: int = Field(
+        0,
+        ge=0,
+        le=36_500,
+        description="Failed and timed-out jobs likewise; 0 keeps them until they are deleted.",
+    )
+    keep_webhooks_days: int = Field(
+        30,
+        ge=0,
+        le=36_500,
+        description="Delivered webhooks of jobs that are kept likewise; 0 keeps them with the job.",
+    )
 
     # Webhooks
     webhook_allow_http: bool = Field(False, description="Also deliver to `http://` targets.")
@@ -146,11 +198,16 @@ class Settings(BaseSettings):
         return value
 
     @model_validator(mode="after")
-    def _beats_within_the_lease(self) -> Self:
+    def _beats_and_ticks_within_the_lease(self) -> Self:
         if self.beat_seconds * 6 > self.lease_seconds * 1.000001:  # floats: 0.4 is a sixth of 2.4
             raise ValueError(
                 f"beat_seconds ({self.beat_seconds:g}) may be at most a sixth of lease_seconds "
                 f"({self.lease_seconds:g}): a worker that misses a few beats would lose its jobs"
+            )
+        if self.tick_seconds * 6 > self.lease_seconds * 1.000001:
+            raise ValueError(
+                f"tick_seconds ({self.tick_seconds:g}) may be at most a sixth of lease_seconds "
+                f"({self.lease_seconds:g}): a scheduler that looks less often calls nobody dead"
             )
         return self
 
@@ -162,6 +219,16 @@ class Settings(BaseSettings):
             if url.startswith(short):
                 return "postgresql+psycopg://" + url.removeprefix(short)
         return url
+
+    @property
+    def lease_patience_seconds(self) -> float:
+        """How long a worker without a successful beat may still run jobs."""
+        return self.lease_seconds - 2 * self.beat_seconds
+
+    @property
+    def worker_statement_seconds(self) -> float:
+        """`statement_seconds`, cut so that a worker whose database is silent hears so within its patience."""
+        return min(self.statement_seconds, self.lease_patience_seconds / 3)
 
     @property
     def allowed_networks(self) -> tuple[IPv4Network | IPv6Network, ...]:

@@ -6,6 +6,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
 from factories import NOW, add_job, add_worker, at_once, change, hold_of, rows_of
 from laneway import models
@@ -22,6 +23,25 @@ def test_a_worker_that_registers_is_active_and_holds_nothing(database: Database)
     [row] = rows_of(database, models.workers)
     assert (row["id"], row["name"], row["state"], row["beat"]) == (worker_id, "n" * 200, "active", 0)
     assert (row["lanes"], row["held"]) == (["high", "normal"], [])
+
+
+def test_a_process_that_lost_its_lease_is_somebody_else_and_gone_in_one_step(database: Database) -> None:
+    before, after = add_worker(database, state="draining"), new_id()
+    leases.register(database, worker_id=after, name="w", lanes=[], replaces=before)
+    assert {row["id"]: row["state"] for row in rows_of(database, models.workers)} == {
+        before: "gone",
+        after: "active",
+    }
+    with pytest.raises(sa.exc.IntegrityError):
+        leases.register(database, worker_id=before, name="w", lanes=[], replaces=after)
+    assert leases.beat(database, worker_id=after, held=[]) == []
+
+
+def test_who_was_declared_dead_stays_so_when_it_comes_back_as_another(database: Database) -> None:
+    dead, after = add_worker(database, state="dead"), new_id()
+    leases.register(database, worker_id=after, name="w", lanes=[], replaces=dead)
+    assert leases.beat(database, worker_id=dead, held=[]) is None
+    assert {row["id"]: row["state"] for row in rows_of(database, models.workers)}[dead] == "dead"
 
 
 def test_a_beat_counts_up_and_says_what_is_held(database: Database) -> None:

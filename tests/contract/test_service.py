@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta, timezone
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -399,14 +399,17 @@ def test_pages_show_a_user_its_own_and_an_operator_the_tenants(service: JobServi
     assert walk(service, OPERATOR, mine=True) == [olgas]
 
 
-def test_pages_hold_what_the_filters_want(service: JobService, clock: FrozenClock) -> None:
+def test_pages_hold_what_the_filters_want(database: Database, lanes: MemoryLanes) -> None:
+    start = datetime.now(UTC)  # ids tell the real time, and ranges go by them too
+    clock = FrozenClock(start)
+    service = JobService(database, lanes, Settings(), known_types(), clock=clock)
     high = enqueue(service, priority="high")["id"]
     clock.advance(seconds=10)
     render = enqueue(service, job_type="demo.render")["id"]
     clock.advance(seconds=10)
     gone = enqueue(service)["id"]
     service.cancel(gone, ALICE)
-    at = NOW + timedelta(seconds=10)
+    at = start + timedelta(seconds=10)
     for wanted, found in [
         (JobFilter(statuses=(JobStatus.QUEUED,)), [render, high]),
         (JobFilter(statuses=(JobStatus.CANCELLED, JobStatus.FAILED)), [gone]),

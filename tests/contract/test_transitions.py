@@ -50,6 +50,7 @@ from laneway.engine.transitions import (
     Refused,
     Release,
     Retry,
+    RetryLater,
     Stop,
     TimeOut,
     apply,
@@ -87,7 +88,8 @@ def move_of(action: Action, job_id: str, attempt: int = 3, token: str = "") -> M
         Action.STOP: lambda: Stop(*hold),
         Action.CANCEL: lambda: Cancel(job_id, by="bob", reason="changed my mind"),
         Action.EXPIRE: lambda: Expire(job_id),
-        Action.RETRY: lambda: Retry(job_id),
+        Action.RETRY: lambda: Retry(job_id, parameters='{"y":[2.50]}', reason="with other parameters"),
+        Action.RETRY_LATER: lambda: RetryLater(job_id, LATER + timedelta(minutes=3)),
         Action.FORCE_COMPLETE: lambda: ForceComplete(job_id, result="7", reason="by hand"),
     }
     return moves[action]()
@@ -100,6 +102,21 @@ def changes_of(action: Action, before: dict[str, Any], move: Any) -> dict[str, A
         "progress": 0,
         "progress_message": None,
         "progress_details": None,
+    }
+    anew = again | {
+        "finished_at": None,
+        "result": None,
+        "error": None,
+        "dead_letter_reason": None,
+        "retry_count": 0,
+        "crash_count": 0,
+        "cancel_requested_at": None,
+        "cancel_terminate": False,
+        "cancel_grace_seconds": None,
+        "cancelled_by": None,
+        "cancel_reason": None,
+        "expires_at": None,
+        "webhook_delivered": False,
     }
     changes: dict[Action, Callable[[], dict[str, Any]]] = {
         Action.ENQUEUE: lambda: {"queued_at": LATER, "next_retry_at": None, "status_reason": None},
@@ -147,23 +164,8 @@ def changes_of(action: Action, before: dict[str, Any], move: Any) -> dict[str, A
             "finished_at": LATER,
         },
         Action.EXPIRE: lambda: {"finished_at": LATER},
-        Action.RETRY: lambda: {
-            **again,
-            "queued_at": LATER,
-            "finished_at": None,
-            "result": None,
-            "error": None,
-            "dead_letter_reason": None,
-            "retry_count": 0,
-            "crash_count": 0,
-            "cancel_requested_at": None,
-            "cancel_terminate": False,
-            "cancel_grace_seconds": None,
-            "cancelled_by": None,
-            "cancel_reason": None,
-            "expires_at": None,
-            "webhook_delivered": False,
-        },
+        Action.RETRY: lambda: anew | {"queued_at": LATER, "parameters": {"y": [2.5]}},
+        Action.RETRY_LATER: lambda: anew | {"next_retry_at": move.next_retry_at},
         Action.FORCE_COMPLETE: lambda: {
             **LET_GO,
             "progress": 100,
@@ -293,8 +295,20 @@ def test_the_fence_check_fails_without_the_fence(
     database: Database, monkeypatch: pytest.MonkeyPatch, fence: str
 ) -> None:
     without(monkeypatch, fence)
-    with pytest.raises(AssertionError):
+    with pytest.raises((AssertionError, KeyError)):
         check_fence(database, Action.COMPLETE)
+
+
+def test_of_two_attempts_reported_at_once_the_one_that_holds_the_job_counts(database: Database) -> None:
+    """A worker that was taken for dead may claim its own job again and then report both."""
+    ghost = hold_of(database, add_job(database, JobStatus.RUNNING))
+    make(database, [Release(*ghost)])
+    make(database, [claim(ghost[0])])
+    holder = hold_of(database, ghost[0])
+    refused, applied = make(database, [Complete(*ghost, result="1"), Complete(*holder, result="2")])
+    assert isinstance(refused, Refused)
+    assert isinstance(applied, Applied)
+    assert job_row(database, ghost[0])["result"] == 2
 
 
 @pytest.mark.parametrize("action", [Action.CANCEL, Action.RETRY, Action.FORCE_COMPLETE])

@@ -16,7 +16,6 @@ from factories import (
     add_job,
     add_worker,
     at_once,
-    change,
     events_of,
     hold_of,
     job_row,
@@ -27,10 +26,11 @@ from laneway import models
 from laneway.clock import FrozenClock, SystemClock, new_id
 from laneway.db import Database
 from laneway.domain.states import FINAL, JobStatus
-from laneway.engine import doctor, leases, upkeep
+from laneway.engine import leases, upkeep
 from laneway.engine.outcomes import carry_out
+from laneway.engine.reaper import Reaper
 from laneway.engine.transitions import Claim, Complete
-from laneway.engine.upkeep import RING_GRACE, Reaper
+from laneway.engine.upkeep import RING_GRACE
 from laneway.lanes.backend import LaneBackend
 from laneway.lanes.memory_lanes import MemoryLanes
 from laneway.lanes.rq_lanes import RqLanes
@@ -327,6 +327,27 @@ def test_rows_outside_a_full_lane_go_in_as_it_empties_in_their_order(
     assert run == ids
 
 
+def test_of_a_well_filled_lane_only_the_head_is_compared(
+    database: Database, lanes: LaneBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upkeep, "HEAD", 4)
+    lanes.window = window = 12
+    ids = queued(database, window + 2)
+    push(lanes, ids)
+
+    def sweep() -> int:
+        return upkeep.reconcile(database, lanes, window=window, now=NOW)
+
+    lanes.take(["normal"], 2, worker_name="dies")
+    assert sweep() == 2  # lost at the head: back at once
+    assert lanes.contents("normal") == ids[:window]
+    claim_all(database, lanes.take(["normal"], 2, worker_name="w"))
+    assert sweep() == 0  # more than three quarters: the rows outside wait
+    claim_all(database, lanes.take(["normal"], 1, worker_name="w"))
+    assert sweep() == 2
+    assert lanes.contents("normal") == ids[3:]
+
+
 def test_a_row_that_may_be_on_its_way_is_left_alone(database: Database, lanes: LaneBackend) -> None:
     [old] = queued(database, 1)
     [young] = queued(database, 1, age=RING_GRACE - timedelta(microseconds=1))
@@ -461,40 +482,6 @@ def test_the_scheduler_does_not_spin_while_a_due_job_cannot_be_promoted(
 
 
 # What must hold
-
-
-def test_the_doctor_finds_nothing_in_a_healthy_store(database: Database) -> None:
-    worker_id = add_worker(database)
-    for status in JobStatus:
-        if status is JobStatus.RUNNING:
-            held_by(database, worker_id)
-        else:
-            add_job(database, status)
-    assert doctor.examine(database, now=NOW + timedelta(seconds=30)) == []
-
-
-def test_the_doctor_names_what_does_not_hold_and_what_to_do(database: Database) -> None:
-    orphan = held_by(database, add_worker(database, state="dead"))
-    late = add_job(database, JobStatus.SCHEDULED)
-    again = add_job(database, JobStatus.RETRYING)
-    bent = add_job(database)
-    change(database, models.jobs, bent, status="expired", finished_at=NOW)
-    mute = add_job(database, JobStatus.COMPLETED)
-    change(database, models.jobs, mute, event_seq=2)
-    findings = {f.sentence: f for f in doctor.examine(database, now=NOW + timedelta(minutes=3))}
-    assert {sentence: set(f.ids) for sentence, f in findings.items()} == {
-        "a running job's worker is alive": {orphan},
-        "a due job is queued within a minute": {late, again},
-        "a job's status is that of its last event": {bent, mute},
-    }
-    assert all(f.remedy for f in findings.values())
-
-
-def test_the_doctor_shows_ten_ids_of_eleven(database: Database) -> None:
-    for _ in range(11):
-        add_job(database, JobStatus.SCHEDULED)
-    [finding] = doctor.examine(database, now=NOW + timedelta(minutes=2))
-    assert len(finding.ids) == doctor.SHOWN == 10
 
 
 def test_no_final_row_is_ever_swept(database: Database, clock: FrozenClock) -> None:

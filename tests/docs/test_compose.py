@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from laneway.cli.processes import OPEN_CONNECTIONS_SECONDS
 from laneway.settings import Settings, unknown_variables
 
 ROOT = Path(__file__).parents[2]
@@ -57,6 +58,11 @@ def test_a_worker_is_left_the_time_to_drain() -> None:
     seconds = int(SERVICES["worker"]["stop_grace_period"].removesuffix("s"))
     defaults = Settings()
     assert seconds > defaults.drain_seconds + defaults.timeout_grace_seconds
+
+
+def test_an_api_is_left_the_time_to_stop() -> None:
+    seconds = int(SERVICES["api"].get("stop_grace_period", "10s").removesuffix("s"))
+    assert seconds > Settings().unready_seconds + OPEN_CONNECTIONS_SECONDS
 
 
 def test_redis_never_evicts_and_keeps_what_it_has() -> None:

@@ -8,6 +8,7 @@ A comment above a block says what it is:
     the background prints       the same of the background, sooner or later
     file: NAME                  a file that is there from the beginning
     layers                      test_documented compares it with pyproject.toml
+    PostgreSQL                  test_troubleshoot runs SQL on both stores, this on PostgreSQL alone
 
 Only the port and the folder differ from what a reader has.
 """
@@ -34,7 +35,7 @@ from laneway.settings import Settings
 from process.stack import Process
 from servers import wait_until
 
-MARKS = ("runs", "runs in the background", "prints", "the background prints", "layers")
+MARKS = ("runs", "runs in the background", "prints", "the background prints", "layers", "PostgreSQL")
 API = "http://127.0.0.1:8000"
 RECEIVER_PORT = "9000"
 EXAMPLES = {page: found for page in pages() if (found := list(blocks(page)))}

@@ -81,6 +81,8 @@ def test_a_job_that_was_run_again_is_followed_past_its_first_end(each_api: Local
     assert names == ["queued", "running", "failed", "queued", "running", "completed"]
     assert (events[2].data["result"], events[2].data["error"]["message"]) == (None, "no")
     assert (events[-1].data["result"], events[-1].data["error"]) == ("well", None)
+    assert events[2].data["finished_at"] is None  # who reads the stream must not stop here
+    assert events[-1].data["finished_at"]
 
 
 def test_an_end_that_comes_between_two_looks_is_told(local: Any, postgres_url: str) -> None:

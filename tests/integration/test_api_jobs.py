@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from api_client import LocalApi
 from factories import add_job, events_of, hold_of, job_row
 from laneway.api.schemas import JobStatusView, JobView
-from laneway.clock import SystemClock, new_id
+from laneway.clock import SystemClock, first_id, new_id
 from laneway.db import Database
 from laneway.domain.states import ACTIVE, FINAL, JobStatus
 from laneway.engine.callers import Role
@@ -247,7 +247,8 @@ def test_filters_narrow_the_list(each_api: LocalApi) -> None:
     high = each_api.make(priority="high")["id"]
     emails = each_api.make(queue="emails")["id"]
     noop = each_api.make("demo.noop")["id"]
-    done = mine(each_api, JobStatus.COMPLETED, created_at=datetime(2020, 1, 1, tzinfo=UTC))
+    long_ago = datetime(2020, 1, 1, tzinfo=UTC)
+    done = mine(each_api, JobStatus.COMPLETED, id=first_id(long_ago), created_at=long_ago)
     for query, wanted in [
         ("priority=high", {high}),
         ("queue=emails", {emails}),
@@ -259,6 +260,9 @@ def test_filters_narrow_the_list(each_api: LocalApi) -> None:
         ("status=processing", set()),
         ("created_before=2020-01-01T00:00:00.000001Z", {done}),
         ("created_before=2020-01-01T00:00:00Z", set()),
+        ("created_before=0001-01-01T00:00:00Z", set()),
+        ("created_after=9999-12-31T23:59:59Z", set()),
+        ("created_after=0001-01-01T00:00:00Z", {first, high, emails, noop, done}),
         ("created_after=2019-12-31T23:59:59%2B00:00", {first, high, emails, noop, done}),
         ("created_after=2020-01-01T01:00:00%2B01:00", {first, high, emails, noop}),
     ]:

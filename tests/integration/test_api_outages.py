@@ -32,7 +32,7 @@ def test_without_the_database_nothing_is_accepted_and_it_recovers_by_itself(
     for _ in range(2):
         refused = api.post("/jobs", json=JOB)
         assert (refused.status_code, refused.json()["code"]) == (503, "storage_unavailable")
-        assert refused.headers["retry-after"] == "2"
+        assert 2 <= int(refused.headers["retry-after"]) <= 10
     assert api.post("/jobs", json=JOB, headers={"Prefer": "wait=1"}).status_code == 503
     assert api.post(f"/jobs/{job_id}/cancel").status_code == 503
     for path in (*STORAGE_ROUTES, "/queues/stats", "/queues/health"):

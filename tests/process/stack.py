@@ -256,6 +256,15 @@ class Stack:
     def until(self, condition: Callable[[], Any], *, what: str, seconds: float = 20) -> Any:
         return wait_until(condition, what=what, seconds=seconds, evidence=self.evidence)
 
+    def wait_named(self, job_id: str) -> None:
+        """Wait for a beat that says that the job has begun: only then is its worker's death blamed on it."""
+
+        def named() -> bool:
+            token = self.row(job_id)["lease_token"]
+            return any(token in (row["begun"] or ()) for row in self.worker_rows())
+
+        self.until(named, what="a beat names the job")
+
     def wait(self, job_id: str, *statuses: str, seconds: float = 20) -> sa.RowMapping:
         """The job's row, as soon as it has one of the statuses (default: `completed`)."""
         wanted = statuses or ("completed",)

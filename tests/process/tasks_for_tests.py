@@ -6,8 +6,11 @@ import asyncio
 import contextlib
 import ctypes
 import os
+import signal
+import stat
 import subprocess
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -104,6 +107,96 @@ def leave_a_fork(ledger: str, die: bool = False, apart: bool = False) -> None:
     _append(ledger, str(forked))
     if die:
         os._exit(9)
+
+
+@background_job("test.poison")
+def poison(job: JobContext, how: str, ledger: str) -> Any:
+    """Write a pid, take 48 MiB, be at 40 %, then do what is called `how` to the process."""
+    _append(ledger, str(os.getpid()))
+    taken = b"x" * (48 << 20)
+    job.progress(40, "so far so good")
+    return POISONS[how](len(taken))
+
+
+def _close_all() -> None:
+    for descriptor in range(256):
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
+
+
+def _fork_and_die() -> None:
+    for number in range(20):
+        if not os.fork():
+            if number % 2:
+                os.setsid()  # as a daemon does
+            while True:
+                _never.wait(1)
+    os.abort()
+
+
+def _be_deaf() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    while True:
+        with contextlib.suppress(BaseException):
+            _never.wait(0.05)
+
+
+def _write_everywhere() -> None:
+    for descriptor in range(3, 256):
+        with contextlib.suppress(OSError):
+            if stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+                os.write(descriptor, b"\0\0\0\x02no message")
+    _never.wait(60)
+
+
+def _take_all_memory() -> None:
+    taken: list[bytes] = []
+    while True:
+        taken.append(bytes(64 << 20))  # asked for and not touched: it costs the machine nothing
+
+
+def _raise_at_length() -> None:
+    raise ValueError("x" * (64 << 20))
+
+
+def _kill_worker() -> None:
+    nursery = Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()
+    os.kill(int(nursery[1]), signal.SIGKILL)
+    _never.wait(60)
+
+
+POISONS: dict[str, Callable[[int], Any]] = {
+    "segfault": lambda _: ctypes.string_at(0),
+    "exit": lambda _: os._exit(137),
+    "kill": lambda _: os.kill(os.getpid(), signal.SIGKILL),
+    "kill worker": lambda _: _kill_worker(),
+    "close all": lambda _: _close_all(),
+    "fork and die": lambda _: _fork_and_die(),
+    "write everywhere": lambda _: _write_everywhere(),
+    "deaf": lambda _: _be_deaf(),
+    "memory": lambda _: _take_all_memory(),
+    "huge result": lambda _: "x" * (1 << 30),
+    "no json": lambda _: {"a": object()},
+    "long error": lambda _: _raise_at_length(),
+}
+
+
+@background_job("test.burn")
+def burn(seconds: float) -> int:
+    """Keep the interpreter busy for so long, without a call that lets go of its lock."""
+    rounds, until = 0, time.monotonic() + seconds
+    while time.monotonic() < until:
+        rounds += sum(range(1000)) > 0
+    return rounds
+
+
+_kept: list[bytes] = []
+
+
+@background_job("test.keep")
+def keep(mib: int) -> None:
+    """Take so much memory and never let go of it."""
+    _kept.append(bytes(mib << 20))
 
 
 @background_job("test.progress")

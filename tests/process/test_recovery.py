@@ -91,6 +91,8 @@ def test_a_job_ends_on_a_later_attempt_whatever_is_killed(
     )
     second = stack.worker(**SHORT_LEASE)
     pids = [int(word) for word in stack.wait_for_file(tmp_path / "pids")[0].split()]
+    for each in (job_id, parent):
+        stack.wait_named(each)
     pools = [worker, second]
     match victim:
         case "child":

@@ -9,7 +9,7 @@ import pytest
 from fastapi import APIRouter
 from fastapi.routing import APIRoute
 
-from laneway.api import events, health, jobs, queues, webhooks
+from laneway.api import cancels, dead_letters, events, health, job_history, jobs, queues, webhooks, workers
 from laneway.api.gate import Access, GatedRoute, access
 from laneway.api.jobs import as_json, wait_asked
 from laneway.api.problems import codes, of_error, problem
@@ -21,7 +21,7 @@ from laneway.limits.rules import RateClass
 ALICE = Caller("t", "alice", Role.USER)
 ROUTES = [
     route
-    for module in (health, jobs, events, queues, webhooks)
+    for module in (health, jobs, job_history, cancels, dead_letters, events, queues, webhooks, workers)
     for route in module.router.routes
     if isinstance(route, APIRoute)
 ]
@@ -33,11 +33,33 @@ CLASSES = {
     "getJobResult": (RateClass.DEFAULT, Role.USER),
     "streamJobEvents": (RateClass.STREAM, Role.USER),
     "cancelJob": (RateClass.DEFAULT, Role.USER),
+    "retryJob": (RateClass.QUEUE, Role.USER),
+    "deleteJob": (RateClass.DEFAULT, Role.OPERATOR),
+    "listJobAttempts": (RateClass.DEFAULT, Role.USER),
+    "getJobTimeline": (RateClass.DEFAULT, Role.USER),
+    "cancelJobs": (RateClass.BATCH, Role.OPERATOR),
+    "listDeadLetters": (RateClass.DEFAULT, Role.USER),
+    "getDeadLetter": (RateClass.DEFAULT, Role.USER),
+    "retryDeadLetter": (RateClass.QUEUE, Role.USER),
+    "deleteDeadLetter": (RateClass.DEFAULT, Role.OPERATOR),
+    "retryDeadLetters": (RateClass.BATCH, Role.OPERATOR),
+    "purgeDeadLetters": (RateClass.BATCH, Role.OPERATOR),
+    "listWorkers": (RateClass.DEFAULT, Role.OPERATOR),
+    "getWorker": (RateClass.DEFAULT, Role.OPERATOR),
     "listJobTypes": (RateClass.DEFAULT, Role.USER),
     "getJobType": (RateClass.DEFAULT, Role.USER),
     "getQueueStats": (RateClass.DEFAULT, Role.USER),
     "getQueueHealth": (RateClass.DEFAULT, Role.USER),
     "getWebhookSecret": (RateClass.DEFAULT, Role.OPERATOR),
+    "rotateWebhookSecret": (RateClass.DEFAULT, Role.OPERATOR),
+    "getWebhookPublicKey": (RateClass.DEFAULT, Role.USER),
+    "createWebhookEndpoint": (RateClass.DEFAULT, Role.OPERATOR),
+    "listWebhookEndpoints": (RateClass.DEFAULT, Role.OPERATOR),
+    "getWebhookEndpoint": (RateClass.DEFAULT, Role.OPERATOR),
+    "changeWebhookEndpoint": (RateClass.DEFAULT, Role.OPERATOR),
+    "deleteWebhookEndpoint": (RateClass.DEFAULT, Role.OPERATOR),
+    "rotateWebhookEndpointSecret": (RateClass.DEFAULT, Role.OPERATOR),
+    "testWebhookEndpoint": (RateClass.DEFAULT, Role.OPERATOR),
     "livez": (RateClass.FREE, None),
     "readyz": (RateClass.FREE, None),
 }
@@ -138,7 +160,14 @@ def test_the_codes_are_a_closed_list() -> None:
         *("invalid_cursor", "invalid_parameters", "invalid_payload", "invalid_request", "job_not_found"),
         *("job_type_not_found", "method_not_allowed", "not_acceptable", "not_finished", "not_found"),
         *("payload_too_large", "rate_limited", "storage_unavailable", "unauthenticated", "unavailable"),
-        *("unique_key_taken", "unknown_job_type", "unsupported_media_type"),
+        *(
+            "dead_letter_not_found",
+            "overloaded",
+            "quota_queued",
+            "unique_key_taken",
+            "unknown_job_type",
+            "unsupported_media_type",
+        ),
         *("webhook_not_verified", "webhook_url_refused"),
     }
 

@@ -12,6 +12,7 @@ import sqlalchemy as sa
 from hypothesis import given
 from hypothesis import strategies as st
 
+from laneway.clock import FrozenClock
 from laneway.engine.group_commit import GroupCommit, commit_each
 from laneway.errors import LanewayError, StorageUnavailable, UniqueKeyTaken
 from servers import wait_until
@@ -197,6 +198,34 @@ def test_as_many_wait_as_may_and_one_more_is_turned_away() -> None:
         assert await group.add(5) == 10
 
     run(group, five)
+
+
+def test_what_waited_too_long_for_a_stuck_store_is_not_written_any_more() -> None:
+    store = Store()
+    store.open.clear()
+    clock = FrozenClock()
+    group = GroupCommit(store.commit, patience_seconds=2, monotonic=clock.monotonic)
+
+    async def several() -> None:
+        under_way = asyncio.create_task(group.add(0))
+        await until(lambda: store.busy)
+        early = asyncio.create_task(group.add(1))
+        await asyncio.sleep(0)
+        clock.advance(seconds=2)
+        later = asyncio.create_task(group.add(2))
+        await asyncio.sleep(0)
+        clock.advance(seconds=0.001)
+        with pytest.raises(StorageUnavailable):  # at once: the store is stuck
+            await group.add(3)
+        store.open.set()
+        assert await under_way == 0
+        with pytest.raises(StorageUnavailable):
+            await early
+        assert await later == 4
+        assert await group.add(5) == 10
+
+    run(group, several)
+    assert store.groups == [[0], [2], [5]]
 
 
 def test_close_commits_what_waits_and_turns_later_ones_away() -> None:

@@ -170,6 +170,20 @@ def test_async_functions_are_known_as_such() -> None:
 # The registry
 
 
+@pytest.mark.parametrize("kinds", [ValueError, [ValueError], ("ValueError",), (ValueError(),), (int,)])
+@pytest.mark.parametrize("option", ["retry_on", "no_retry_on"])
+def test_lists_of_exceptions_that_are_none_are_refused_at_once(option: str, kinds: Any) -> None:
+    with pytest.raises(ValueError, match=f"{option} must be a tuple of exception types"):
+        Registry().add(JobType("demo.report", report, **{option: kinds}))
+
+
+def test_the_decorator_keeps_its_lists_of_exceptions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry_module, "registry", Registry())
+    background_job("demo.report", retry_on=(OSError,), no_retry_on=(FileNotFoundError,))(report)
+    known = registry_module.registry.need("demo.report")
+    assert (known.retry_on, known.no_retry_on) == ((OSError,), (FileNotFoundError,))
+
+
 @pytest.mark.parametrize(
     "name", ["", "A", "demo.", ".demo", "demo report", "demo\n", "a" * 101, "0demo", "démo"]
 )

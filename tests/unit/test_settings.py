@@ -70,6 +70,8 @@ def test_a_variable_without_the_prefix_sets_nothing(monkeypatch: pytest.MonkeyPa
         ("cancel_grace_seconds", [0], [-0.001]),
         ("timeout_grace_seconds", [0], [-0.001]),
         ("recycle_jobs", [1], [0]),
+        ("child_memory_mib", [0], [-1]),
+        ("unready_seconds", [0], [-0.001]),
         ("poll_seconds", [0.001], [0]),
         ("tick_seconds", [0.001], [0]),
         ("webhook_timeout_seconds", [0.001, 60], [0, 60.001]),
@@ -156,3 +158,9 @@ def test_a_worker_beats_often_enough_for_its_lease() -> None:
     Settings(lease_seconds=12, beat_seconds=2)
     with pytest.raises(ValidationError, match="beat_seconds"):
         Settings(lease_seconds=12, beat_seconds=2.001)
+
+
+def test_a_scheduler_looks_often_enough_to_call_a_worker_dead() -> None:
+    Settings(lease_seconds=12, beat_seconds=1, tick_seconds=2)
+    with pytest.raises(ValidationError, match="tick_seconds"):
+        Settings(lease_seconds=12, beat_seconds=1, tick_seconds=2.001)

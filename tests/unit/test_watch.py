@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from laneway.engine.upkeep import Verdict, Watch, WorkerSeen
+from laneway.engine.reaper import Verdict, Watch, WorkerSeen
 
 LEASE = 30.0
 STEP = 5.0
@@ -89,6 +89,39 @@ def test_when_more_than_half_of_four_or_more_fall_silent_together_one_more_lease
         if watch.look(workers, at=STEP * look).dead:
             dead_at.append(STEP * look)
     assert dead_at[0] == (2 * LEASE if held_back else LEASE)
+
+
+@pytest.mark.parametrize(("of", "held_back"), [(3, False), (4, True), (10, True)])
+def test_workers_that_fall_silent_one_look_after_the_other_are_held_back_too(
+    of: int, held_back: bool
+) -> None:
+    """What cuts all of them off at once finds each at another moment between two beats."""
+    watch = Watch(LEASE)
+    dead_at: dict[str, float] = {}
+    for second in range(3 * int(LEASE)):
+        beats = [min(second, n * int(STEP) // of) for n in range(of)]  # the last ones end within a beat
+        verdict = watch.look([seen(f"w{n}", beat) for n, beat in enumerate(beats)], at=float(second))
+        dead_at |= {name: float(second) for name, _ in verdict.dead if name not in dead_at}
+    assert min(dead_at.values()) == (2 * LEASE if held_back else LEASE)
+
+
+@pytest.mark.parametrize(("quiet", "held_back"), [(LEASE / 2, True), (LEASE / 2 - STEP, False)])
+def test_a_worker_that_has_been_quiet_for_half_a_lease_counts_among_the_many(
+    quiet: float, held_back: bool
+) -> None:
+    watch = Watch(LEASE)
+    for look in range(7):
+        at = STEP * look
+        others = [seen(f"w{n}", int(min(at, LEASE - quiet))) for n in range(2)]
+        verdict = watch.look([seen("first", 0), *others, seen("alive", look)], at=at)
+    assert (verdict.dead == ()) == held_back
+
+
+def test_the_first_look_at_many_that_are_silent_says_how_many() -> None:
+    watch = Watch(LEASE)
+    silent = [seen(f"w{n}", 1) for n in range(4)]
+    assert watch_for(watch, silent, start=0, seconds=LEASE) == Verdict(held_back=4)
+    assert watch.look(silent, at=LEASE + STEP) == Verdict()
 
 
 def test_patience_ends_when_the_others_come_back_and_starts_anew_the_next_time() -> None:

@@ -11,26 +11,39 @@ from fastapi import APIRouter, FastAPI
 from starlette.types import ASGIApp
 
 from laneway import __version__
-from laneway.api import events, health, jobs, openapi, problems, queues, webhooks
+from laneway.api import (
+    cancels,
+    dead_letters,
+    events,
+    health,
+    job_history,
+    jobs,
+    openapi,
+    problems,
+    queues,
+    webhooks,
+    workers,
+)
 from laneway.api.edge import Edge
 from laneway.api.gate import GatedRoute
+from laneway.api.leaving import Leaving
 from laneway.api.runtime import Runtime
 from laneway.settings import Settings, get_settings
 
 BASE = "/api/v1"
 
 
-def create_app(settings: Settings | None = None) -> ASGIApp:
+def create_app(settings: Settings | None = None, *, leaving: Leaving | None = None) -> ASGIApp:
     """The application, for `uvicorn --factory`. Its parts start and stop with the ASGI lifespan."""
-    return Edge(create_api(settings or get_settings()))
+    return Edge(create_api(settings or get_settings(), leaving=leaving))
 
 
-def create_api(settings: Settings) -> FastAPI:
+def create_api(settings: Settings, *, leaving: Leaving | None = None) -> FastAPI:
     """The FastAPI app inside of the edge: for its OpenAPI document and its routes."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with Runtime.running(settings) as runtime:
+        async with Runtime.running(settings, leaving=leaving) as runtime:
             app.state.runtime = runtime
             _spare_the_collector()
             yield
@@ -45,7 +58,8 @@ def create_api(settings: Settings) -> FastAPI:
     )
     problems.install(app)
     # Routes are tried in this order, and most requests are about jobs.
-    for router in (jobs.router, events.router, queues.router, webhooks.router, *_mounted(settings)):
+    nouns = (jobs, events, cancels, job_history, queues, workers, dead_letters, webhooks)
+    for router in (*(noun.router for noun in nouns), *_mounted(settings)):
         app.include_router(router, prefix=BASE)
     app.include_router(health.router)
     openapi.finish(app)

@@ -72,7 +72,7 @@ async def _frames(runtime: Runtime, caller: Caller, job_id: str, seen: int) -> A
     last_progress: tuple[Any, ...] | None = None
     yield b"retry: %d\n\n" % RECONNECT_MS
     with runtime.hub.watch(job_id) as watch:
-        while time.monotonic() < until:
+        while time.monotonic() < until and not runtime.leaving.closing:
             try:
                 now = await in_thread(runtime.service.follow, job_id, caller, after=seen)
             except LanewayError:
@@ -113,14 +113,14 @@ def _news(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _news_of(event: RowMapping, now: Following) -> dict[str, Any]:
-    """What an event tells. The job's end has its result; an end that a retry undid has its error only."""
+    """What an event tells. The job's end has result and `finished_at`, an end that a retry undid neither."""
     moment = stamp(event["at"])
     news = _news(now.job) | {"status": event["status"], "attempt": event["attempt"], "at": moment}
     if event["status"] in FINAL:
         last = now.ended and event is now.events[-1]
         news["result"] = now.job["result"] if last else None
         news["error"] = now.job["error"] if last else event["error"]
-        news["finished_at"] = moment
+        news["finished_at"] = moment if last else None
     return news
 
 

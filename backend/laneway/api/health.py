@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
+import anyio
+import anyio.to_thread
 import sqlalchemy as sa
 from fastapi import APIRouter
 from pydantic import BaseModel
@@ -9,9 +13,11 @@ from starlette.responses import Response
 
 from laneway.api.gate import GatedRoute, access
 from laneway.api.jobs import as_json
-from laneway.api.runtime import RETRY_AFTER_SECONDS, RuntimeDep, in_thread
-from laneway.errors import StorageUnavailable
+from laneway.api.runtime import RuntimeDep
+from laneway.errors import try_again_seconds
 from laneway.limits.rules import RateClass
+
+LOOK_SECONDS = 2.0
 
 router = APIRouter(route_class=GatedRoute, tags=["health"])
 _KEYLESS: dict[str, object] = {"security": []}
@@ -40,21 +46,31 @@ async def livez() -> Response:
     "/readyz",
     operation_id="readyz",
     response_model=Readiness,
-    responses={503: {"model": Readiness, "description": "The database is away: no job can be accepted."}},
+    responses={
+        503: {"model": Readiness, "description": "The database is away, or this process is about to stop."}
+    },
     openapi_extra=_KEYLESS,
 )
 @access(RateClass.FREE, None)
 async def readyz(runtime: RuntimeDep) -> Response:
-    """200 when jobs can be accepted, which takes the database. `limiter` tells of Redis."""
+    """200 when jobs can be accepted, which takes the database; within 2 s. `limiter` tells of Redis.
+
+    503 `draining` once the process was told to stop: what is sent all the same is answered until it closes.
+    """
 
     def look() -> None:
         with runtime.database.read() as connection:
             connection.execute(sa.text("SELECT 1"))
 
     limiter = "degraded" if runtime.limiter.degraded else "ok"
-    try:
-        await in_thread(look)
-    except StorageUnavailable:
-        answer = {"status": "unavailable", "database": "away", "limiter": limiter}
-        return as_json(answer, 503, {"Retry-After": str(RETRY_AFTER_SECONDS)})
-    return as_json({"status": "ok", "database": "ok", "limiter": limiter})
+    seen = False
+    with anyio.move_on_after(LOOK_SECONDS), suppress(sa.exc.SQLAlchemyError):
+        await anyio.to_thread.run_sync(look, abandon_on_cancel=True)
+        seen = True
+    if runtime.leaving.draining:
+        answer = {"status": "draining", "database": "ok" if seen else "away", "limiter": limiter}
+        return as_json(answer, 503, {"Retry-After": str(try_again_seconds())})
+    if seen:
+        return as_json({"status": "ok", "database": "ok", "limiter": limiter})
+    answer = {"status": "unavailable", "database": "away", "limiter": limiter}
+    return as_json(answer, 503, {"Retry-After": str(try_again_seconds())})

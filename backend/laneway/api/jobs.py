@@ -30,7 +30,7 @@ from laneway.api.runtime import CallerDep, Runtime, RuntimeDep, in_thread, runti
 from laneway.api.schemas import JobPage, JobStatusView, JobView, ResultView, problems
 from laneway.domain.spec import JOB_TYPE_PATTERN, QUEUE_PATTERN, JobSpec, Priority
 from laneway.domain.states import FINAL, JobStatus
-from laneway.engine.callers import Caller
+from laneway.engine.callers import Caller, Role
 from laneway.engine.queries import JobFilter
 from laneway.errors import BadRequest
 from laneway.limits.rules import RateClass
@@ -70,6 +70,16 @@ def link_to(request: Request, path: str) -> str:
     """Where clients find `path`: below the setting `public_url`, else relative to the host they asked."""
     public = runtime_of(request).settings.public_url.rstrip("/")
     return f"{public or request.scope.get('root_path', '')}{path}"
+
+
+def page_answer(request: Request, page: list[dict[str, Any]], following: str | None) -> Response:
+    """A page of a list, and where its next one is."""
+    headers = {}
+    if following:
+        others = [(name, value) for name, value in request.query_params.multi_items() if name != "cursor"]
+        query = urlencode([*others, ("cursor", following)])
+        headers["Link"] = f'<{link_to(request, request.url.path)}?{query}>; rel="next"'
+    return as_json({"data": page, "next_cursor": following, "has_more": following is not None}, 200, headers)
 
 
 async def _read_and_create(request: Request, runtime: Runtime, caller: Caller) -> Response:
@@ -115,7 +125,8 @@ async def create_job(
     return as_json(ended, 200, {"Preference-Applied": f"wait={seconds}"})
 
 
-def _status(value: object) -> object:
+def by_alias(value: object) -> object:
+    """A status, also under the name that other systems have for it."""
     return _ALIASES.get(value, value) if isinstance(value, str) else value
 
 
@@ -134,7 +145,7 @@ class JobQuery(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    status: list[Annotated[JobStatus, BeforeValidator(_status)]] = Field([], description="Repeatable.")
+    status: list[Annotated[JobStatus, BeforeValidator(by_alias)]] = Field([], description="Repeatable.")
     job_type: Annotated[str, Field(pattern=JOB_TYPE_PATTERN, max_length=100)] | None = None
     queue: Annotated[str, Field(pattern=QUEUE_PATTERN)] | None = None
     priority: Priority | None = None
@@ -170,12 +181,7 @@ async def list_jobs(
         cursor=asked.cursor,
         mine=asked.scope == "mine",
     )
-    headers = {}
-    if following:
-        others = [(name, value) for name, value in request.query_params.multi_items() if name != "cursor"]
-        query = urlencode([*others, ("cursor", following)])
-        headers["Link"] = f'<{link_to(request, request.url.path)}?{query}>; rel="next"'
-    return as_json({"data": page, "next_cursor": following, "has_more": following is not None}, 200, headers)
+    return page_answer(request, page, following)
 
 
 _UNCHANGED: dict[int | str, dict[str, Any]] = {304: {"description": "As `If-None-Match` knows it."}}
@@ -242,7 +248,7 @@ async def _read(
             job, version = await in_thread(runtime.service.get_versioned, job_id, caller)
             settled = not is_known(version) if if_none_match else job["status"] in FINAL
             left = deadline - time.monotonic()
-            if settled or left <= 0:
+            if settled or left <= 0 or runtime.leaving.closing:
                 break
             await watch.changed(left)
     headers["ETag"] = f'"{version}"'
@@ -261,7 +267,7 @@ async def _wait_for_end(
             if job["status"] in FINAL:
                 return job
             left = deadline - time.monotonic()
-            if left <= 0:
+            if left <= 0 or runtime.leaving.closing:
                 return None
             await watch.changed(left)
 
@@ -276,6 +282,17 @@ async def _wait_for_end(
 async def get_job_result(job_id: UUID, caller: CallerDep, runtime: RuntimeDep) -> Response:
     """What an ended job returned, or why it failed. 409 `not_finished` before."""
     return as_json(await in_thread(runtime.service.result, str(job_id), caller))
+
+
+@router.delete("/jobs/{job_id}", status_code=204, operation_id="deleteJob", responses=problems(404, 409))
+@access(RateClass.DEFAULT, Role.OPERATOR)
+async def delete_job(job_id: UUID, caller: CallerDep, runtime: RuntimeDep) -> Response:
+    """Delete an ended job, its history and its webhooks.
+
+    409 while it is active, or a webhook is still to be delivered.
+    """
+    await in_thread(runtime.service.delete, str(job_id), caller)
+    return Response(status_code=204)
 
 
 class CancelRequest(BaseModel):
@@ -314,3 +331,34 @@ async def cancel_job(
         grace_seconds=how.grace_seconds,
     )
     return as_json(answer.job) if answer.done else accepted(request, answer.job)
+
+
+class RetryRequest(BaseModel):
+    """What the job shall run with."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    parameters: dict[str, Any] | None = Field(
+        None, description="In place of the job's own; checked as in `POST /jobs`."
+    )
+
+
+@router.post(
+    "/jobs/{job_id}/retry",
+    status_code=202,
+    response_model=JobView,
+    operation_id="retryJob",
+    responses=problems(400, 404, 409, 413, 415),
+)
+@access(RateClass.QUEUE)
+async def retry_job(
+    request: Request, job_id: UUID, caller: CallerDep, runtime: RuntimeDep, how: RetryRequest | None = None
+) -> Response:
+    """Queue a job again that failed, timed out, expired or was cancelled; 409 for any other.
+
+    Its `attempt` counts on, `retry_count` starts from 0, and `expires_at` holds no more. Also 409 while an
+    active job holds its unique key.
+    """
+    parameters = how.parameters if how else None
+    job = await in_thread(runtime.service.retry, str(job_id), caller, parameters=parameters)
+    return accepted(request, job)

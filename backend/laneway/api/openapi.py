@@ -24,7 +24,7 @@ _HEADERS: dict[str, tuple[str, dict[str, Any]]] = {
     "X-RateLimit-Remaining": ("What is left of it.", _NUMBER),
     "X-RateLimit-Reset": ("Epoch second at which more comes free.", _NUMBER),
     "Retry-After": ("Seconds after which to ask again.", _NUMBER),
-    "Location": ("The job.", _TEXT),
+    "Location": ("The job; of many, their list.", _TEXT),
     "ETag": ("The job's version.", _TEXT),
 }
 _ON_EVERY = ("X-Request-Id",)

@@ -10,9 +10,10 @@ from starlette.responses import Response
 
 from laneway.api.gate import GatedRoute, access
 from laneway.api.jobs import as_json
-from laneway.api.runtime import RETRY_AFTER_SECONDS, CallerDep, RuntimeDep, ServiceDep, in_thread
+from laneway.api.runtime import CallerDep, RuntimeDep, ServiceDep, in_thread
 from laneway.api.schemas import problems
 from laneway.engine.registry import JobType
+from laneway.errors import try_again_seconds
 from laneway.limits.rules import RateClass
 
 router = APIRouter(route_class=GatedRoute)
@@ -105,7 +106,7 @@ async def get_queue_health(runtime: RuntimeDep) -> Response:
     health = await in_thread(runtime.service.queue_health)
     if health["status"] == "healthy":
         return as_json(health)
-    return as_json(health, 503, {"Retry-After": str(RETRY_AFTER_SECONDS)})
+    return as_json(health, 503, {"Retry-After": str(try_again_seconds())})
 
 
 @router.get(

@@ -13,6 +13,7 @@ import sqlalchemy as sa
 from fastapi import Depends, Request
 
 from laneway.api.hub import Hub
+from laneway.api.leaving import Leaving
 from laneway.api.streams import Streams
 from laneway.clock import Clock, SystemClock
 from laneway.db import Database
@@ -29,7 +30,7 @@ from laneway.limits.rules import parse_rules
 from laneway.settings import Settings
 from laneway.webhooks.messages import WAKE_CHANNEL
 
-RETRY_AFTER_SECONDS = 2  # what a 503 asks for
+MAX_WAITING = 1000  # requests that may wait for one of the 40 threads
 _AWAY = (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.InternalError, sa.exc.TimeoutError)
 
 P = ParamSpec("P")
@@ -50,13 +51,16 @@ class Runtime:
     new_jobs: GroupCommit[Prepared, dict[str, Any]]
     hub: Hub
     streams: Streams
+    leaving: Leaving
 
     @classmethod
     @asynccontextmanager
-    async def running(cls, settings: Settings, *, registry: Registry | None = None) -> AsyncIterator[Runtime]:
+    async def running(
+        cls, settings: Settings, *, registry: Registry | None = None, leaving: Leaving | None = None
+    ) -> AsyncIterator[Runtime]:
         """A runtime from `settings`, stopped in order when the block ends."""
         clock = SystemClock()
-        database = Database(settings.database)
+        database = Database(settings.database, statement_seconds=settings.statement_seconds)
         lanes = RqLanes(settings.redis_url, clock=clock, window=settings.lane_window)
         news = RedisNews(settings.redis_url, courier_channel=WAKE_CHANNEL)
         known = registry or load(settings.tasks)
@@ -77,6 +81,7 @@ class Runtime:
                 new_jobs,
                 hub,
                 Streams(limit=settings.streams_per_caller),
+                leaving or Leaving(),
             )
         finally:
             await hub.close()
@@ -116,9 +121,12 @@ ServiceDep = Annotated[JobService, Depends(get_service)]
 async def in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Run what blocks (SQL, Redis) off the event loop.
 
-    Raises StorageUnavailable while the database is away.
+    Raises StorageUnavailable while the database is away, and at once when MAX_WAITING wait already.
     """
+    threads = anyio.to_thread.current_default_thread_limiter()
+    if not threads.available_tokens and threads.statistics().tasks_waiting >= MAX_WAITING:
+        raise StorageUnavailable("too many requests wait for the database")
     try:
         return await anyio.to_thread.run_sync(partial(function, *args, **kwargs))
     except _AWAY as error:
-        raise StorageUnavailable(retry_after_seconds=RETRY_AFTER_SECONDS) from error
+        raise StorageUnavailable() from error

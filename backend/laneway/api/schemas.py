@@ -13,11 +13,22 @@ from laneway.domain.spec import Priority
 from laneway.domain.states import JobStatus
 
 
+class DeathView(BaseModel):
+    """How the process that ran a job died: of `signal` and `exit_status` one is null."""
+
+    signal: str | None
+    exit_status: int | None
+    peak_memory_mib: int = Field(description="Its largest resident set since it got the job.")
+    progress_percent: int | None = Field(description="The last that was heard of the job.")
+    progress_message: str | None
+
+
 class ErrorView(BaseModel):
     type: str
     message: str
     category: str
     traceback: str | None
+    process: DeathView | None = Field(None, description="Only where the job's process died.")
 
 
 class JobStatusView(BaseModel):
@@ -25,7 +36,9 @@ class JobStatusView(BaseModel):
 
     id: str
     status: JobStatus
-    status_reason: str | None
+    status_reason: str | None = Field(
+        description="Why it waits; `no_capable_worker`: no living worker serves its queue and knows its type."
+    )
     cancelling: bool = Field(description="It runs, and was asked to stop.")
     progress: Annotated[int, Field(ge=0, le=100)]
     progress_message: str | None

@@ -33,7 +33,7 @@ def build() -> typer.Typer:
     """All commands."""
     import typer
 
-    from laneway.cli import demo, dev, docs, doctor, jobs, processes, store
+    from laneway.cli import demo, dev, dlq, docs, doctor, jobs, processes, store
 
     app = typer.Typer(
         help="Background jobs over HTTP, in priority lanes, with signed webhooks.",
@@ -44,8 +44,9 @@ def build() -> typer.Typer:
     )
     app.command("demo", rich_help_panel="Try it")(demo.demo)
     app.command("dev", rich_help_panel="Try it")(dev.dev)
-    for command in (jobs.enqueue, jobs.get, jobs.watch, jobs.cancel, jobs.types, jobs.stats):
+    for command in (jobs.enqueue, jobs.get, jobs.watch, jobs.cancel, jobs.retry, jobs.types, jobs.stats):
         app.command(rich_help_panel="Jobs, over HTTP")(command)
+    app.add_typer(dlq.dlq, name="dlq", rich_help_panel="Jobs, over HTTP")
     for process in (processes.api, processes.worker, processes.scheduler, processes.courier):
         app.command(rich_help_panel="Processes")(process)
     app.command("doctor", rich_help_panel="Operate")(doctor.doctor)

@@ -104,6 +104,29 @@ def cancel(
         show.result(job, as_json=True)
 
 
+def retry(
+    job_id: JobId,
+    parameters: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=TEXT | KEY:=JSON]...", help="In place of its own parameters."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Queue a job again that failed, timed out, expired or was cancelled."""
+    retry_at(job_path(job_id), parameters, as_json=as_json)
+
+
+def retry_at(path: str, parameters: list[str] | None, *, as_json: bool) -> None:
+    """Retry the job or dead letter at `path`, with other parameters where they are given."""
+    new = {"parameters": parse_parameters(parameters)} if parameters else {}
+    with Client.from_environment() as client:
+        job = client.post(f"{path}/retry", new)
+    if show.for_eyes(as_json=as_json):
+        print(job["status"])
+    else:
+        show.result(job, as_json=True)
+
+
 def types(as_json: AsJson = False) -> None:
     """List the job types that may be asked for."""
     with Client.from_environment() as client:

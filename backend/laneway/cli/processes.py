@@ -17,7 +17,7 @@ from laneway.cli.environment import listen, read_settings, start_process
 from laneway.cli.store import migrated_store, need_migrated, secret_box
 from laneway.errors import LanewayError
 
-OPEN_CONNECTIONS_SECONDS = 5  # what a stopping API leaves to requests and streams under way
+OPEN_CONNECTIONS_SECONDS = 10  # what a stopping API leaves to requests and streams under way
 COURIER_MARGIN_SECONDS = 10.0  # past the webhook that a stopping courier still waits for
 RESTART_SECONDS, LONGEST_RESTART_SECONDS = 1.0, 30.0
 
@@ -56,6 +56,7 @@ def api(
     import uvicorn
 
     from laneway.api.app import create_app
+    from laneway.api.leaving import Leaving, Server
     from laneway.engine.callers import ensure_admin_key
     from laneway.log import get_logger
 
@@ -64,9 +65,10 @@ def api(
     log = get_logger("api")
     with migrated_store(settings) as database:
         key_file = ensure_admin_key(database, secret_box(settings), settings.data_dir)
+    leaving = Leaving()
     with listen(settings.host, settings.port) as listener:
         config = uvicorn.Config(
-            create_app(settings),
+            create_app(settings, leaving=leaving),
             loop="uvloop",
             http="httptools",
             ws="none",
@@ -79,7 +81,7 @@ def api(
         )
         with StopSignals():  # uvicorn raises the signal again when it is done: here it ends in nothing
             log.info("api_starting", address=listener.getsockname()[:2], key_file=str(key_file.absolute()))
-            server = uvicorn.Server(config)
+            server = Server(config, leaving=leaving, unready_seconds=settings.unready_seconds)
             server.run(sockets=[listener])
     if not server.started:
         raise LanewayError("the API did not start; the log says why")
@@ -142,7 +144,7 @@ def scheduler() -> None:
 
     clock = SystemClock()
     with ExitStack() as cleanup, StopSignals() as stop:
-        database = Database(settings.database, pool_size=2)
+        database = Database(settings.database, pool_size=2, statement_seconds=settings.statement_seconds)
         cleanup.callback(database.dispose)
         lanes = RqLanes(settings.redis_url, clock=clock, window=settings.lane_window)
         cleanup.callback(lanes.close)

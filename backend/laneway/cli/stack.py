@@ -136,7 +136,7 @@ def running(
         for command in (["api"], worker, ["scheduler"]):
             stack.members[command[0]] = subprocess.Popen(  # noqa: S603
                 [sys.executable, "-m", "laneway", *command],
-                env={**environ, **own},
+                env={f"{PREFIX}UNREADY_SECONDS": "0", **environ, **own},  # there is no balancer
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,

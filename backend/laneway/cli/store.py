@@ -120,6 +120,49 @@ def current() -> None:
     need_migrated(settings)
 
 
+@db.command()
+def prune(
+    older_than: Annotated[
+        int | None,
+        typer.Option(
+            metavar="DAYS",
+            min=0,
+            max=36_500,
+            help="Delete what ended so many days ago, but for dead letters; default: as the settings say.",
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count what would be deleted.")] = False,
+) -> None:
+    """Delete old ended jobs, delivered webhooks and workers that left, as the scheduler does all the time.
+
+    Safe beside everything that runs. Dead letters go by LANEWAY_KEEP_FAILED_DAYS or `laneway dlq purge`.
+    """
+    from datetime import timedelta
+
+    from laneway.clock import SystemClock
+    from laneway.engine import retention
+
+    settings = read_settings()
+    keep = retention.Retention.from_settings(settings)
+    if older_than is not None:
+        keep = retention.Retention.of_all_but_dead_letters(timedelta(days=older_than))
+    now = SystemClock().now()
+    with migrated_store(settings) as database:
+        if dry_run:
+            done = [retention.count(database, keep, now=now)]
+        else:
+            done = [retention.prune(database, keep, now=now)]
+            while done[-1].more:
+                done.append(retention.prune(database, keep, now=now))
+    jobs, webhooks, workers = (
+        sum(getattr(batch, kind) for batch in done) for kind in ("jobs", "deliveries", "workers")
+    )
+    print(
+        f"{'would delete' if dry_run else 'deleted'} {jobs} jobs, {webhooks} webhooks of jobs that are kept, "
+        f"{workers} workers"
+    )
+
+
 @keys.command()
 def create(
     tenant: Annotated[str, typer.Option(help="Its name; made when it is new.")],

@@ -4,7 +4,7 @@
     blocked  ──┼─► queued ─► running ──┼─► failed, timeout ──┐
     retrying ──┘     ▲          │      └─► cancelled         │
         ▲            └─ release ┤                            │
-        └────────── back_off ───┘      retry ◄───────────────┘  (to queued)
+        └────────── back_off ───┘      retry ◄───────────────┘  (to queued; retry_later: to retrying)
 
 A rule with `held` may be used only by the worker that holds the job: its write names the attempt and
 the lease token, and changes nothing when either has moved on. All other rules are for callers and
@@ -47,6 +47,7 @@ class Action(StrEnum):
     CANCEL = "cancel"
     EXPIRE = "expire"
     RETRY = "retry"
+    RETRY_LATER = "retry_later"
     FORCE_COMPLETE = "force_complete"
 
 
@@ -87,5 +88,6 @@ RULES: dict[Action, Rule] = {
     Action.CANCEL: _rule(*WAITING, to=S.CANCELLED),
     Action.EXPIRE: _rule(S.SCHEDULED, S.BLOCKED, S.QUEUED, to=S.EXPIRED),
     Action.RETRY: _rule(S.FAILED, S.TIMEOUT, S.CANCELLED, S.EXPIRED, to=S.QUEUED),  # by a caller
+    Action.RETRY_LATER: _rule(S.FAILED, S.TIMEOUT, S.CANCELLED, S.EXPIRED, to=S.RETRYING),  # many, spread
     Action.FORCE_COMPLETE: _rule(*(frozenset(S) - {S.COMPLETED}), to=S.COMPLETED),  # by an admin
 }

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+MAX_ERROR_MESSAGE = 2_000
+MAX_TRACEBACK = 16_000
+
 
 @dataclass(frozen=True, slots=True)
 class Returned:
@@ -33,10 +36,26 @@ class TimedOut:
 
 
 @dataclass(frozen=True, slots=True)
+class Death:
+    """The end of a process that ran a handler: of `signal`, by its name, and `exit_status` one is None.
+
+    `peak_memory_mib` is its largest resident set since it got the job, what it shares with its parent
+    included. The progress is the last that was heard of the job.
+    """
+
+    signal: str | None
+    exit_status: int | None
+    peak_memory_mib: int
+    progress_percent: int | None = None
+    progress_message: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Crashed:
     """The process that ran the handler died: `how` says by which signal or exit status."""
 
     how: str
+    death: Death | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
@@ -22,6 +23,8 @@ from laneway.log import get_logger
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+_Waiting = tuple[T, asyncio.Future[R], asyncio.AbstractEventLoop, float]  # since when
 
 log = get_logger("group_commit")
 
@@ -47,15 +50,21 @@ def commit_each(commit: Callable[[Sequence[T]], Sequence[R]], items: Sequence[T]
 
 
 def _away(error: Exception) -> StorageUnavailable:
-    away = StorageUnavailable(retry_after_seconds=2)
+    away = StorageUnavailable()
     away.__cause__ = error
     return away
+
+
+def _too_many() -> StorageUnavailable:
+    return StorageUnavailable("too many requests wait for the database")
 
 
 class GroupCommit(Generic[T, R]):
     """A thread that commits what coroutines hand it.
 
-    `after` is told of each group between its commit and its answers. `weigh` is an item's bytes.
+    `after` is told of each group between its commit and its answers. `weigh` is an item's bytes. What has
+    waited for `patience_seconds` when a commit ends is not written any more: a store that was stuck for so
+    long would keep the others waiting for as long again.
     """
 
     def __init__(
@@ -67,6 +76,8 @@ class GroupCommit(Generic[T, R]):
         max_items: int = 256,
         max_bytes: int = 4 * 1024 * 1024,
         max_waiting: int = 10_000,
+        patience_seconds: float = 2.0,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._commit = commit
         self._after = after
@@ -74,7 +85,9 @@ class GroupCommit(Generic[T, R]):
         self._max_items = max_items
         self._max_bytes = max_bytes
         self._max_waiting = max_waiting
-        self._waiting: deque[tuple[T, asyncio.Future[R], asyncio.AbstractEventLoop]] = deque()
+        self._patience_seconds = patience_seconds
+        self._monotonic = monotonic
+        self._waiting: deque[_Waiting[T, R]] = deque()
         self._wake = threading.Condition()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="group-commit", daemon=True)
@@ -83,14 +96,15 @@ class GroupCommit(Generic[T, R]):
     async def add(self, item: T) -> R:
         """Wait until `item` is committed; its result.
 
-        Raises what its commit raised, StorageUnavailable when too many wait, or after `close`.
+        Raises what its commit raised, StorageUnavailable when too many wait or somebody waits too long, or
+        after `close`.
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[R] = loop.create_future()
         with self._wake:
-            if self._stopping or len(self._waiting) >= self._max_waiting:
-                raise StorageUnavailable("too many requests wait for the database", retry_after_seconds=2)
-            self._waiting.append((item, future, loop))
+            if self._stopping or len(self._waiting) >= self._max_waiting or self._is_late():
+                raise _too_many()
+            self._waiting.append((item, future, loop, self._monotonic()))
             if len(self._waiting) == 1:
                 self._wake.notify()
         return await future
@@ -109,29 +123,36 @@ class GroupCommit(Generic[T, R]):
                     self._wake.wait()
                 if not self._waiting:
                     return
-                group = self._next_group()
+                late, group = self._late_ones(), self._next_group()
+            _hand_out([(entry, _too_many()) for entry in late])
+            if not group:
+                continue
+            items = [item for item, *_ in group]
             try:
-                outcomes = commit_each(self._commit, [item for item, _, _ in group])
+                outcomes = commit_each(self._commit, items)
                 if len(outcomes) != len(group):
                     raise RuntimeError(f"{len(outcomes)} outcomes for {len(group)} items")
             except Exception as error:
                 log.exception("group_failed", items=len(group))
                 outcomes = [error] * len(group)
             try:
-                self._after([item for item, _, _ in group], outcomes)
+                self._after(items, outcomes)
             except Exception:
                 log.exception("after_commit_failed", items=len(group))
-            by_loop: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Future[R], R | Exception]]] = {}
-            for (_, future, loop), outcome in zip(group, outcomes, strict=True):
-                by_loop.setdefault(loop, []).append((future, outcome))
-            for loop, answers in by_loop.items():
-                try:
-                    loop.call_soon_threadsafe(_answer, answers)
-                except RuntimeError:
-                    pass  # the loop is closed: nobody waits any more
+            _hand_out(list(zip(group, outcomes, strict=True)))
 
-    def _next_group(self) -> list[tuple[T, asyncio.Future[R], asyncio.AbstractEventLoop]]:
-        group: list[tuple[T, asyncio.Future[R], asyncio.AbstractEventLoop]] = []
+    def _is_late(self) -> bool:
+        """Whether the first that waits has lost patience."""
+        return bool(self._waiting) and self._monotonic() - self._waiting[0][3] > self._patience_seconds
+
+    def _late_ones(self) -> list[_Waiting[T, R]]:
+        late: list[_Waiting[T, R]] = []
+        while self._is_late():
+            late.append(self._waiting.popleft())
+        return late
+
+    def _next_group(self) -> list[_Waiting[T, R]]:
+        group: list[_Waiting[T, R]] = []
         size = 0
         while self._waiting and len(group) < self._max_items:
             size += self._weigh(self._waiting[0][0])
@@ -139,6 +160,17 @@ class GroupCommit(Generic[T, R]):
                 break
             group.append(self._waiting.popleft())
         return group
+
+
+def _hand_out(outcomes: Sequence[tuple[_Waiting[T, R], R | Exception]]) -> None:
+    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Future[R], R | Exception]]] = {}
+    for (_, future, loop, _), outcome in outcomes:
+        by_loop.setdefault(loop, []).append((future, outcome))
+    for loop, answers in by_loop.items():
+        try:
+            loop.call_soon_threadsafe(_answer, answers)
+        except RuntimeError:
+            pass  # the loop is closed: nobody waits any more
 
 
 def _answer(answers: list[tuple[asyncio.Future[R], R | Exception]]) -> None:

@@ -2,7 +2,7 @@
 
 A worker process makes one row when it starts, under a new id, and beats: one UPDATE that counts up and
 names the lease tokens it holds. The lease is in that count, not in a clock: a reaper calls a worker
-silent when the count has not moved for one lease of the reaper's own monotonic time (`upkeep.Reaper`).
+silent when the count has not moved for one lease of the reaper's own monotonic time (`engine/reaper.py`).
 """
 
 from __future__ import annotations
@@ -33,9 +33,23 @@ class Wish:
     grace_seconds: float | None
 
 
-def register(database: Database, *, worker_id: str, name: str, lanes: Sequence[str]) -> None:
-    """Make the worker's row."""
+def register(
+    database: Database,
+    *,
+    worker_id: str,
+    name: str,
+    lanes: Sequence[str],
+    job_types: Sequence[str] | None = None,
+    replaces: str | None = None,
+) -> None:
+    """Make the worker's row. `job_types` are those it can run; None does not say.
+
+    `replaces` is who the process was until it lost its lease. It is gone from the same moment on: were it
+    taken for dead, its jobs would be blamed.
+    """
     with database.write() as connection:
+        if replaces is not None:
+            _leave(connection, replaces, "gone")
         connection.execute(
             sa.insert(models.workers).values(
                 id=worker_id,
@@ -44,18 +58,24 @@ def register(database: Database, *, worker_id: str, name: str, lanes: Sequence[s
                 pid=os.getpid(),
                 version=__version__,
                 lanes=list(lanes),
+                job_types=None if job_types is None else list(job_types),
                 state="active",
                 held=[],
             )
         )
 
 
-def beat(database: Database, *, worker_id: str, held: Sequence[str]) -> list[Wish] | None:
-    """Say that the worker lives and what it holds; the wishes for its jobs. None: it was declared dead."""
+def beat(
+    database: Database, *, worker_id: str, held: Sequence[str], begun: Sequence[str] | None = None
+) -> list[Wish] | None:
+    """Say that the worker lives, what it holds, and what of that has begun.
+
+    Returns the wishes for its jobs. None: it was declared dead.
+    """
     beating = (
         sa.update(models.workers)
         .where(w.id == worker_id, w.state.in_(("active", "draining")))
-        .values(beat=w.beat + 1, beat_at=utc_now(), held=list(held))
+        .values(beat=w.beat + 1, beat_at=utc_now(), held=list(held), begun=begun)
     )
     wished = sa.select(j.id, j.lease_token, j.cancel_terminate, j.cancel_grace_seconds).where(
         j.worker_id == worker_id, j.status == JobStatus.RUNNING, j.cancel_requested_at.is_not(None)
@@ -72,11 +92,12 @@ def beat(database: Database, *, worker_id: str, held: Sequence[str]) -> list[Wis
 def leave(database: Database, *, worker_id: str, state: str = "gone") -> None:
     """Mark the worker as draining, or as gone after it let go of everything."""
     with database.write() as connection:
-        connection.execute(
-            sa.update(models.workers)
-            .where(w.id == worker_id, w.state.in_(("active", "draining")))
-            .values(state=state)
-        )
+        _leave(connection, worker_id, state)
+
+
+def _leave(connection: sa.Connection, worker_id: str, state: str) -> None:
+    living = (w.id == worker_id, w.state.in_(("active", "draining")))
+    connection.execute(sa.update(models.workers).where(*living).values(state=state))
 
 
 def find_queued(

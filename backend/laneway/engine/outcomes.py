@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
 from random import Random
 from typing import Any
 
 import sqlalchemy as sa
 
-from laneway.domain.retry import RetryPolicy, crash_delay
+from laneway.domain.retry import Category, DeadLetterReason, RetryPolicy, crash_delay
 from laneway.domain.spec import MAX_SECONDS
 from laneway.domain.states import JobStatus
 from laneway.engine import transitions
-from laneway.engine.endings import Cancelled, Crashed, Ending, Raised, Returned, TimedOut, Unfinished
+from laneway.engine.endings import (
+    MAX_ERROR_MESSAGE,
+    MAX_TRACEBACK,
+    Cancelled,
+    Crashed,
+    Death,
+    Ending,
+    Raised,
+    Returned,
+    TimedOut,
+    Unfinished,
+)
 from laneway.engine.telling import tell
 from laneway.engine.transitions import Applied, BackOff, HeldMove, Move, Outcome, Release, Stop
-
-MAX_ERROR_MESSAGE = 2_000
-MAX_TRACEBACK = 16_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +46,11 @@ class Claimed:
     retry_count: int
     crash_count: int
     retry_policy: RetryPolicy
+
+    @property
+    def suspect(self) -> bool:
+        """Whether an earlier attempt ended without a charge: its worker may have died of it."""
+        return self.attempt > self.retry_count + 1
 
     @classmethod
     def of(cls, row: Any, lease_token: str) -> Claimed:
@@ -63,17 +76,19 @@ class Claimed:
         )
 
 
-def error_record(type_: str, message: str, *, category: str, traceback: str = "") -> str:
+def error_record(
+    type_: str, message: str, *, category: str, traceback: str = "", death: Death | None = None
+) -> str:
     """The `error` of a job as JSON text, cut to its limits; what is no Unicode becomes `?`."""
-    return json.dumps(
-        {
-            "type": _sound(type_[:200]),
-            "message": _sound(message[:MAX_ERROR_MESSAGE]),
-            "category": category,
-            "traceback": _sound(traceback[-MAX_TRACEBACK:]) or None,
-        },
-        ensure_ascii=True,
-    )
+    record: dict[str, Any] = {
+        "type": _sound(type_[:200]),
+        "message": _sound(message[:MAX_ERROR_MESSAGE]),
+        "category": category,
+        "traceback": _sound(traceback[-MAX_TRACEBACK:]) or None,
+    }
+    if death is not None:
+        record["process"] = asdict(death)
+    return json.dumps(record, ensure_ascii=True)
 
 
 def _sound(text: str) -> str:
@@ -93,26 +108,27 @@ def decide(  # noqa: PLR0911 - one return an ending
             return transitions.Stop(*hold)
         case Unfinished():
             return transitions.Release(*hold)
-        case Crashed(how):
-            error = error_record("ProcessDied", how, category="crash")
+        case Crashed(how, death):
+            error = error_record("ProcessDied", how, category=Category.CRASH, death=death)
             if job.crash_count + 1 >= crash_limit:
-                return transitions.Fail(*hold, error=error, reason="poison", crash=1)
+                return transitions.Fail(*hold, error=error, reason=DeadLetterReason.POISON, crash=1)
             wait = timedelta(seconds=crash_delay(job.crash_count + 1))
             return transitions.BackOff(*hold, next_retry_at=now + wait, charge=0, crash=1, error=error)
         case TimedOut(limit, traceback):
             message = f"the job ran longer than its timeout of {limit} s"
-            error = error_record("JobTimeout", message, category="timeout", traceback=traceback)
+            error = error_record("JobTimeout", message, category=Category.TIMEOUT, traceback=traceback)
             if not more:
                 return transitions.TimeOut(*hold, error=error)
             wait = timedelta(seconds=job.retry_policy.delay(job.retry_count, rng=rng))
             return transitions.BackOff(*hold, next_retry_at=now + wait, error=error)
         case Raised(type_, message, traceback, permanent, in_seconds, charged):
-            category = "permanent" if permanent else "transient"
+            charging = Category.TRANSIENT if charged else Category.SNOOZE
+            category = Category.PERMANENT if permanent else charging
             error = error_record(type_, message, category=category, traceback=traceback)
             if permanent:
-                return transitions.Fail(*hold, error=error, reason="permanent")
+                return transitions.Fail(*hold, error=error, reason=DeadLetterReason.PERMANENT)
             if charged and not more:
-                return transitions.Fail(*hold, error=error, reason="exhausted")
+                return transitions.Fail(*hold, error=error, reason=DeadLetterReason.EXHAUSTED)
             if in_seconds is None:
                 seconds = job.retry_policy.delay(job.retry_count, rng=rng)
             else:  # a handler may ask for infinity, or for what is not a number
@@ -140,14 +156,19 @@ def carry_out(
     return [replace(o, told=True) if isinstance(o, Applied) and o.row["id"] in told else o for o in outcomes]
 
 
-def _stop_instead(connection: sa.Connection, outcomes: list[Outcome], *, now: datetime, actor: str) -> None:
-    stops = {
+def stops_instead(outcomes: Sequence[Outcome]) -> dict[int, Stop]:
+    """By place: the end of each job that was refused its way back to waiting, since it is to stop. Pure."""
+    return {
         place: Stop(o.move.job_id, o.move.attempt, o.move.lease_token)
         for place, o in enumerate(outcomes)
         if isinstance(o.move, BackOff | Release)
         and not isinstance(o, Applied)
         and (o.status, o.attempt) == (JobStatus.RUNNING, o.move.attempt)
     }
+
+
+def _stop_instead(connection: sa.Connection, outcomes: list[Outcome], *, now: datetime, actor: str) -> None:
+    stops = stops_instead(outcomes)
     if stops:
         made = transitions.apply(connection, list(stops.values()), now=now, actor=actor)
         for place, outcome in zip(stops, made, strict=True):

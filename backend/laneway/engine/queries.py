@@ -7,12 +7,13 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Protocol
 from uuid import UUID
 
 import sqlalchemy as sa
 
 from laneway import models
+from laneway.clock import first_id
 from laneway.db import utc_now
 from laneway.domain.spec import DEFAULT_QUEUE, Priority, queue_of
 from laneway.domain.states import FINAL, JobStatus
@@ -21,6 +22,7 @@ from laneway.errors import InvalidCursor
 j = models.jobs.c
 w = models.workers.c
 MAX_COUNTED = 10_000
+ID_SLACK_SECONDS = 60.0  # ids are made in order, a moment before their row: lists are walked by them
 _CURSOR_BYTES = 16 + 8  # an id, and a digest of it and the filters; no padding in base64
 
 _PLAIN = (
@@ -120,6 +122,21 @@ def find_active(connection: sa.Connection, scope: Scope, unique_key: str) -> sa.
     return connection.execute(active).mappings().first()
 
 
+class Filter(Protocol):
+    """Which jobs a list holds. Its `repr` tells it from every other."""
+
+    def clauses(self) -> list[sa.ColumnElement[bool]]: ...
+
+
+def _in_statuses(statuses: Sequence[JobStatus]) -> sa.ColumnElement[bool]:
+    """Written out, not bound: a plan that fits every status walks all of a tenant's jobs to find a few.
+
+    Each active status has a partial index; the final ones share `ix_jobs_ended`.
+    """
+    wanted = sa.or_(*(sa.literal_column(f"jobs.status = '{status.value}'") for status in statuses))
+    return sa.and_(wanted, j.finished_at.is_not(None)) if FINAL.issuperset(statuses) else wanted
+
+
 @dataclass(frozen=True, slots=True)
 class JobFilter:
     """Equality filters of `GET /jobs`; None means any."""
@@ -134,7 +151,7 @@ class JobFilter:
     def clauses(self) -> list[sa.ColumnElement[bool]]:
         wanted: list[sa.ColumnElement[bool]] = []
         if self.statuses:
-            wanted.append(j.status.in_([status.value for status in self.statuses]))
+            wanted.append(_in_statuses(self.statuses))
         for column, value in (
             (j.job_type, self.job_type),
             (j.queue, self.queue),
@@ -143,14 +160,20 @@ class JobFilter:
             if value is not None:
                 wanted.append(column == str(value))
         if self.created_after is not None:
-            wanted.append(j.created_at > self.created_after)
+            wanted += [
+                j.created_at > self.created_after,
+                j.id > first_id(self.created_after, seconds=-ID_SLACK_SECONDS),
+            ]
         if self.created_before is not None:
-            wanted.append(j.created_at < self.created_before)
+            wanted += [
+                j.created_at < self.created_before,
+                j.id < first_id(self.created_before, seconds=ID_SLACK_SECONDS),
+            ]
         return wanted
 
 
 def page_of_jobs(
-    connection: sa.Connection, scope: Scope, wanted: JobFilter, *, limit: int, before: str | None
+    connection: sa.Connection, scope: Scope, wanted: Filter, *, limit: int, before: str | None
 ) -> tuple[list[sa.RowMapping], bool]:
     """At most `limit` jobs, newest first, and whether more follow.
 
@@ -168,7 +191,7 @@ def page_of_jobs(
     return rows[:limit], len(rows) > limit
 
 
-def encode_cursor(last_id: str, scope: Scope, wanted: JobFilter) -> str:
+def encode_cursor(last_id: str, scope: Scope, wanted: object) -> str:
     """An opaque place in a list, bound to its filters.
 
     The digest finds a bent cursor. It is no secret: a forged one is only another place in one's own list.
@@ -177,7 +200,7 @@ def encode_cursor(last_id: str, scope: Scope, wanted: JobFilter) -> str:
     return base64.urlsafe_b64encode(place + _digest(place, scope, wanted)).decode()
 
 
-def decode_cursor(cursor: str, scope: Scope, wanted: JobFilter) -> str:
+def decode_cursor(cursor: str, scope: Scope, wanted: object) -> str:
     """The id a cursor stands for. Raises InvalidCursor when it is bent or was made for another list."""
     try:
         read = base64.b64decode(cursor, altchars=b"-_", validate=True)
@@ -189,7 +212,7 @@ def decode_cursor(cursor: str, scope: Scope, wanted: JobFilter) -> str:
     return str(UUID(bytes=place))
 
 
-def _digest(place: bytes, scope: Scope, wanted: JobFilter) -> bytes:
+def _digest(place: bytes, scope: Scope, wanted: object) -> bytes:
     return hashlib.sha256(place + repr((scope, wanted)).encode()).digest()[: _CURSOR_BYTES - 16]
 
 
@@ -225,7 +248,10 @@ def status_counts(connection: sa.Connection, tenant_id: str) -> dict[str, int]:
         if status in FINAL:
             continue
         some = (
-            sa.select(j.id).where(j.tenant_id == tenant_id, j.status == status).limit(MAX_COUNTED).subquery()
+            sa.select(j.id)
+            .where(j.tenant_id == tenant_id, _in_statuses([status]))
+            .limit(MAX_COUNTED)
+            .subquery()
         )
         counts[status] = connection.execute(sa.select(sa.func.count()).select_from(some)).scalar_one()
     return counts
@@ -249,6 +275,20 @@ def known_queues(connection: sa.Connection) -> list[str]:
     served = connection.execute(sa.select(w.lanes).where(w.state.in_(("active", "draining")))).scalars()
     lanes = {lane for lanes in served for lane in lanes} | set(lanes_with_work(connection))
     return sorted({DEFAULT_QUEUE} | {queue_of(lane) for lane in lanes})
+
+
+def is_served(connection: sa.Connection, *, lane: str, job_type: str, within_seconds: float) -> bool:
+    """Whether a worker that beat within so many seconds of the database's clock takes such jobs.
+
+    One that does not say which types it knows is taken to know this one.
+    """
+    active = sa.select(w.lanes, w.job_types, w.beat_at, utc_now().label("now")).where(w.state == "active")
+    return any(
+        lane in row.lanes
+        and (row.job_types is None or job_type in row.job_types)
+        and (row.now - row.beat_at).total_seconds() <= within_seconds
+        for row in connection.execute(active)
+    )
 
 
 def living_workers(connection: sa.Connection, *, within_seconds: float) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from typing import Annotated, Any, ClassVar, TypeVar, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
+from laneway.domain.retry import Exceptions
 from laneway.domain.spec import DEFAULT_QUEUE, JOB_TYPE_PATTERN, Priority
 from laneway.errors import FieldError, InvalidParameters, JobTypeNotFound
 
@@ -41,6 +42,8 @@ class JobType:
     retry_backoff: float = 2.0
     retry_jitter: bool = True
     timeout_seconds: int | None = None
+    retry_on: Exceptions = ()
+    no_retry_on: Exceptions = ()
 
     DEFAULTED: ClassVar[tuple[str, ...]] = (
         "queue",
@@ -138,14 +141,18 @@ class Registry:
     def add(self, job_type: JobType) -> None:
         """Register a type.
 
-        Raises ValueError for a bad name, for one that another function has, and for a function that cannot
-        be called with keywords alone.
+        Raises ValueError for a bad name, for one that another function has, for a function that cannot be
+        called with keywords alone, and where `retry_on` or `no_retry_on` is no tuple of exception types.
         """
         if not re.fullmatch(JOB_TYPE_PATTERN, job_type.name) or len(job_type.name) > 100:
             raise ValueError(f"{job_type.name!r} is not a job type name like 'reports.render'")
         for name, parameter in inspect.signature(job_type.function).parameters.items():
             if parameter.kind is parameter.POSITIONAL_ONLY:
                 raise ValueError(f"job type {job_type.name!r}: {name!r} cannot be passed by name")
+        for option in ("retry_on", "no_retry_on"):
+            kinds = getattr(job_type, option)
+            if not isinstance(kinds, tuple) or not all(_is_exception(kind) for kind in kinds):
+                raise ValueError(f"job type {job_type.name!r}: {option} must be a tuple of exception types")
         known = self._types.get(job_type.name)
         if known is not None and _origin(known.function) != _origin(job_type.function):
             raise ValueError(
@@ -165,6 +172,10 @@ class Registry:
         return known
 
 
+def _is_exception(kind: object) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseException)
+
+
 def _origin(function: Callable[..., Any]) -> str:
     return f"{function.__module__}.{function.__qualname__}"
 
@@ -181,12 +192,15 @@ def background_job(
     retry_delay_seconds: float = 120.0,
     exponential_backoff: bool = True,
     retry_jitter: bool = True,
+    retry_on: tuple[type[BaseException], ...] = (),
+    no_retry_on: tuple[type[BaseException], ...] = (),
     timeout_seconds: int | None = None,
 ) -> Callable[[F], F]:
     """Register a plain or `async` function as a job type; the function itself stays as it is.
 
     `name` is what requests say (default: `module.function`, lower case) and what rows keep, so it should
-    not change. The rest are defaults for jobs that do not say otherwise.
+    not change. With `retry_on` only these exceptions are tried again; `no_retry_on` never are, and wins.
+    The rest are defaults for jobs that do not say otherwise.
     """
 
     def register(function: F) -> F:
@@ -200,6 +214,8 @@ def background_job(
             retry_backoff=2.0 if exponential_backoff else 1.0,
             retry_jitter=retry_jitter,
             timeout_seconds=timeout_seconds,
+            retry_on=retry_on,
+            no_retry_on=no_retry_on,
         )
         registry.add(job_type)
         return function

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import sqlalchemy as sa
@@ -19,13 +19,18 @@ from laneway.domain.payload import to_json
 from laneway.domain.spec import JobSpec, Priority, lane_of
 from laneway.domain.states import FINAL, JobStatus
 from laneway.engine import queries
+from laneway.engine.admission import Admission
 from laneway.engine.callers import Caller, Role
+from laneway.engine.cancels import Manner, ask_to_stop
 from laneway.engine.group_commit import commit_each
 from laneway.engine.outcomes import carry_out
-from laneway.engine.queries import JobFilter, Scope
+from laneway.engine.queries import Filter, Scope
 from laneway.engine.registry import JobType, Registry
-from laneway.engine.transitions import Applied, Cancel, NewJob, create
+from laneway.engine.retention import delete_jobs
+from laneway.engine.transitions import Applied, Cancel, NewJob, Retry, create
 from laneway.errors import (
+    Conflict,
+    DeadLetterNotFound,
     FieldError,
     IllegalTransition,
     JobNotFound,
@@ -42,6 +47,8 @@ from laneway.settings import Settings
 from laneway.webhooks.guard import Policy, check_url
 
 MAX_METADATA_BYTES = 16 * 1024
+NO_CAPABLE_WORKER = "no_capable_worker"
+UNSERVED_AFTER = timedelta(seconds=5)  # younger jobs are not asked about: most are on their way
 
 log = get_logger("service")
 
@@ -95,6 +102,7 @@ class JobService:
         self.news = news or Silence()
         self.clock = clock or SystemClock()
         self._webhook_policy = Policy.from_settings(settings)
+        self._admission = Admission(database, settings, self.clock)
 
     # Making jobs
 
@@ -103,10 +111,7 @@ class JobService:
 
         Raises UnknownJobType, InvalidParameters, InvalidPayload, PayloadTooLarge, WebhookUrlRefused.
         """
-        job_type = self.registry.get(spec.job_type)
-        if job_type is None:
-            detail = f"there is no job type {spec.job_type!r}; GET /job-types lists them"
-            raise UnknownJobType(detail, errors=(FieldError("/job_type", detail, "unknown_job_type"),))
+        job_type = self._job_type(spec.job_type, "/job_type")
         spec = _with_defaults(spec, job_type)
         parameters = to_json(spec.parameters)
         job_type.check(spec.parameters)
@@ -142,7 +147,14 @@ class JobService:
             status=JobStatus.QUEUED.value if starts_at is None else JobStatus.SCHEDULED.value,
             queued_at=now if starts_at is None else None,
         )
-        return Prepared(row, spec, _scope(caller))
+        return Prepared(row, spec, scope_of(caller))
+
+    def _job_type(self, name: str, pointer: str) -> JobType:
+        job_type = self.registry.get(name)
+        if job_type is None:
+            detail = f"there is no job type {name!r}; GET /job-types lists them"
+            raise UnknownJobType(detail, errors=(FieldError(pointer, detail, "unknown_job_type"),))
+        return job_type
 
     def _storable(self, spec: JobSpec) -> dict[str, Any]:
         """The fields that both stores must be able to hold, checked and in the form that is kept."""
@@ -174,7 +186,10 @@ class JobService:
         return answers
 
     def create(self, prepared: Sequence[Prepared]) -> list[dict[str, Any] | Exception]:
-        """Write jobs in one transaction. Nobody is told: `ring_new` is for after the commit."""
+        """Write the jobs there is room for, in one transaction. Nobody is told: `ring_new` is for later."""
+        return self._admission.admit(prepared, self._create)
+
+    def _create(self, prepared: Sequence[Prepared]) -> list[dict[str, Any] | Exception]:
         now = self.clock.now()
         with self.database.write_once() as connection:
             made = create(connection, [p.row for p in prepared], now=now)
@@ -208,14 +223,26 @@ class JobService:
 
     def get(self, job_id: str, caller: Caller) -> dict[str, Any]:
         """The job. Raises JobNotFound, also for what the caller may not see."""
-        with self.database.read() as connection:
-            return queries.view(self._find(connection, job_id, caller))
+        return self.get_versioned(job_id, caller)[0]
 
     def get_versioned(self, job_id: str, caller: Caller) -> tuple[dict[str, Any], int]:
-        """The job and its version, which grows with each visible change. Raises JobNotFound."""
+        """The job and its version, which grows with each change of its row. Raises JobNotFound.
+
+        The `status_reason` of a job that has been queued for a while and that no living worker can run is
+        `no_capable_worker`. It tells of the moment, and is written nowhere.
+        """
         with self.database.read() as connection:
             row = self._find(connection, job_id, caller)
-            return queries.view(row), row["version"]
+            job = queries.view(row)
+            if row["status"] == JobStatus.QUEUED and row["queued_at"] < self.clock.now() - UNSERVED_AFTER:
+                served = queries.is_served(
+                    connection,
+                    lane=row["lane"],
+                    job_type=row["job_type"],
+                    within_seconds=self.settings.lease_seconds,
+                )
+                job["status_reason"] = row["status_reason"] if served else NO_CAPABLE_WORKER
+            return job, row["version"]
 
     def result(self, job_id: str, caller: Caller) -> dict[str, Any]:
         """`id`, `status`, `result` and `error` of an ended job. Raises JobNotFound, NotFinished."""
@@ -225,10 +252,10 @@ class JobService:
         return {name: job[name] for name in ("id", "status", "result", "error", "finished_at")}
 
     def page(
-        self, caller: Caller, wanted: JobFilter, *, limit: int, cursor: str | None, mine: bool
+        self, caller: Caller, wanted: Filter, *, limit: int, cursor: str | None, mine: bool
     ) -> tuple[list[dict[str, Any]], str | None]:
         """Jobs, newest first, and the cursor of the next page. Raises InvalidCursor."""
-        scope = Scope(caller.tenant_id, caller.subject) if mine else _scope(caller)
+        scope = Scope(caller.tenant_id, caller.subject) if mine else scope_of(caller)
         before = queries.decode_cursor(cursor, scope, wanted) if cursor else None
         with self.database.read() as connection:
             rows, more = queries.page_of_jobs(connection, scope, wanted, limit=limit, before=before)
@@ -247,7 +274,7 @@ class JobService:
     def _find(
         self, connection: sa.Connection, job_id: str, caller: Caller, *, lock: bool = False
     ) -> sa.RowMapping:
-        row = queries.find_job(connection, job_id, _scope(caller), lock=lock)
+        row = queries.find_job(connection, job_id, scope_of(caller), lock=lock)
         if row is None:
             raise JobNotFound(f"there is no job {job_id}", job_id=job_id)
         return row
@@ -277,15 +304,8 @@ class JobService:
             move = Cancel(job_id, by=caller.subject, reason=reason)
             outcome = carry_out(connection, [move], now=now, actor=caller.subject)[0]
             if not isinstance(outcome, Applied) and outcome.status is JobStatus.RUNNING:
-                _wish(
-                    connection,
-                    job_id,
-                    caller,
-                    now=now,
-                    reason=reason,
-                    terminate=terminate,
-                    grace=grace_seconds,
-                )
+                how = Manner(reason, terminate, grace_seconds)
+                ask_to_stop(connection, [job_id], how, by=caller.subject, now=now)
             row = self._find(connection, job_id, caller)
         job = queries.view(row)
         if job["status"] in FINAL and job["status"] != JobStatus.CANCELLED:
@@ -306,6 +326,66 @@ class JobService:
             self.lanes.mirror_ended([EndedRun(lane, job_id, JobStatus.CANCELLED)])
         except LanesUnavailable:
             pass  # the id is harmless: no claim can take a cancelled row
+
+    # Deleting ended jobs
+
+    def delete(self, job_id: str, caller: Caller) -> None:
+        """Delete an ended job with all that hangs on it.
+
+        Raises JobNotFound, IllegalTransition for an active job, Conflict while one of its webhooks is still
+        to be delivered.
+        """
+        with self.database.write() as connection:
+            status = self._find(connection, job_id, caller, lock=True)["status"]
+            if status not in FINAL:
+                raise IllegalTransition(f"the job is {status}; cancel it first", current_status=status)
+            if not delete_jobs(connection, [job_id]):
+                raise Conflict(
+                    "a webhook of the job is still to be delivered; try again when it has been",
+                    current_status=status,
+                )
+
+    # Trying ended jobs again
+
+    def retry(
+        self,
+        job_id: str,
+        caller: Caller,
+        *,
+        parameters: dict[str, Any] | None = None,
+        dead_letter: bool = False,
+    ) -> dict[str, Any]:
+        """Queue an ended job again, with other `parameters` where they are given.
+
+        Its attempts count on, its retries from 0. With `dead_letter` it must be one.
+        Raises JobNotFound or DeadLetterNotFound, IllegalTransition unless it failed, timed out, expired or
+        was cancelled, UniqueKeyTaken while an active job holds its key; and for the parameters what
+        `prepare` raises.
+        """
+        now = self.clock.now()
+        new = None if parameters is None else to_json(parameters)
+        move = Retry(job_id, new, reason=None if new is None else "with other parameters")
+        try:
+            with self.database.write() as connection:
+                find = find_dead_letter if dead_letter else self._find
+                row = find(connection, job_id, caller, lock=True)
+                if parameters is not None:
+                    self._job_type(row["job_type"], "/parameters").check(parameters)
+                [outcome] = carry_out(connection, [move], now=now, actor=caller.subject)
+                if not isinstance(outcome, Applied):
+                    raise IllegalTransition(f"the job is {row['status']}", current_status=row["status"])
+                job = queries.view(self._find(connection, job_id, caller))
+        except sa.exc.IntegrityError:
+            raise self._key_taken(job_id, caller) from None
+        self.ring([(outcome.row["lane"], job_id)])
+        self.news.changed([job_id])
+        return job
+
+    def _key_taken(self, job_id: str, caller: Caller) -> UniqueKeyTaken:
+        with self.database.read() as connection:
+            key = self._find(connection, job_id, caller)["unique_key"]
+            holder = queries.find_active(connection, scope_of(caller), key)
+        return _taken(key, holder)
 
     # Queues
 
@@ -355,8 +435,21 @@ class JobService:
             return None
 
 
-def _scope(caller: Caller) -> Scope:
+def scope_of(caller: Caller) -> Scope:
+    """What a caller may see: a user its own jobs, others their tenant's."""
     return Scope(caller.tenant_id, caller.subject if caller.role is Role.USER else None)
+
+
+def find_dead_letter(
+    connection: sa.Connection, job_id: str, caller: Caller, *, lock: bool = False
+) -> sa.RowMapping:
+    """The job's row. Raises DeadLetterNotFound, also for what is no dead letter, or not the caller's."""
+    row = queries.find_job(connection, job_id, scope_of(caller), lock=lock)
+    if row is None or row["dead_letter_reason"] is None:
+        raise DeadLetterNotFound(
+            f"there is no dead letter {job_id}; GET /jobs/{job_id} tells what became of it", job_id=job_id
+        )
+    return row
 
 
 def _with_defaults(spec: JobSpec, job_type: JobType) -> JobSpec:
@@ -397,7 +490,11 @@ def _holder(connection: sa.Connection, prepared: Prepared) -> dict[str, Any] | U
     row = queries.find_active(connection, prepared.scope, key)
     if row is not None and prepared.spec.on_conflict == "return_existing":
         return queries.view(row)
-    facts = {} if row is None else {"job_id": row["id"]}
+    return _taken(key, row)
+
+
+def _taken(key: str, holder: sa.RowMapping | None) -> UniqueKeyTaken:
+    facts = {} if holder is None else {"job_id": holder["id"]}
     return UniqueKeyTaken(f"an active job holds the unique key {key!r}", **facts)
 
 
@@ -408,31 +505,3 @@ def _utc(moment: datetime, name: str) -> datetime:
         detail = "the moment is outside of the years 1 to 9999 in UTC"
         error = FieldError(f"/{name}", detail, "moment_out_of_range")
         raise Unprocessable(f"{name}: {detail}", errors=(error,)) from None
-
-
-def _wish(
-    connection: sa.Connection,
-    job_id: str,
-    caller: Caller,
-    *,
-    now: datetime,
-    reason: str | None,
-    terminate: bool,
-    grace: float | None,
-) -> None:
-    jobs = models.jobs
-    connection.execute(
-        sa.update(jobs)
-        .where(jobs.c.id == job_id, jobs.c.status == JobStatus.RUNNING)
-        .values(
-            cancel_requested_at=sa.func.coalesce(
-                jobs.c.cancel_requested_at, sa.literal(now, jobs.c.updated_at.type)
-            ),
-            cancel_terminate=sa.or_(jobs.c.cancel_terminate, sa.literal(terminate)),
-            cancel_grace_seconds=grace,
-            cancel_reason=reason,
-            cancelled_by=caller.subject,
-            version=jobs.c.version + 1,
-            updated_at=now,
-        )
-    )

@@ -23,6 +23,7 @@ from typing import Any, ClassVar
 import sqlalchemy as sa
 
 from laneway.db import Moment, Rows, any_of, listed
+from laneway.domain.retry import DeadLetterReason
 from laneway.domain.states import RULES, Action, JobStatus
 
 
@@ -114,7 +115,7 @@ class Fail(HeldMove):
     """The last attempt failed, or no further one would help: a dead letter, for `reason`."""
 
     error: str | None = None
-    reason: str = "exhausted"
+    reason: str = DeadLetterReason.EXHAUSTED
     crash: int = 0
 
     action = Action.FAIL
@@ -130,7 +131,7 @@ class TimeOut(HeldMove):
     """The last attempt ran out of time."""
 
     error: str | None = None
-    reason: str = "timeout"
+    reason: str = DeadLetterReason.TIMEOUT
 
     action = Action.TIME_OUT
     kinds = HeldMove.kinds | {"error": "text", "reason": "text"}
@@ -185,17 +186,39 @@ class Expire(Move):
     guard = "jobs.expires_at <= :now"
 
 
+_ANEW = (
+    "finished_at = NULL, result = NULL, error = NULL, dead_letter_reason = NULL,"
+    " retry_count = 0, crash_count = 0, progress = 0, progress_message = NULL, progress_details = NULL,"
+    " cancel_requested_at = NULL, cancel_terminate = false, cancel_grace_seconds = NULL,"
+    " cancelled_by = NULL, cancel_reason = NULL, expires_at = NULL, webhook_delivered = false"
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Retry(Move):
-    """A caller wants an ended job run again. The attempt keeps growing; the allowance starts anew."""
+    """A caller wants an ended job run again. The attempt keeps growing; the allowance starts anew.
+
+    `parameters` is JSON text, and takes the place of the job's own. Raises IntegrityError while an active
+    job holds the unique key.
+    """
+
+    parameters: str | None = None
+    reason: str | None = None
 
     action = Action.RETRY
-    sets = (
-        "queued_at = :now, finished_at = NULL, result = NULL, error = NULL, dead_letter_reason = NULL,"
-        " retry_count = 0, crash_count = 0, progress = 0, progress_message = NULL, progress_details = NULL,"
-        " cancel_requested_at = NULL, cancel_terminate = false, cancel_grace_seconds = NULL,"
-        " cancelled_by = NULL, cancel_reason = NULL, expires_at = NULL, webhook_delivered = false"
-    )
+    kinds: ClassVar = {"job_id": "id", "parameters": "text", "reason": "text"}
+    sets = f"queued_at = :now, parameters = COALESCE(u.parameters, jobs.parameters), {_ANEW}"
+
+
+@dataclass(frozen=True, slots=True)
+class RetryLater(Move):
+    """Like `Retry`, but not before `next_retry_at`."""
+
+    next_retry_at: datetime
+
+    action = Action.RETRY_LATER
+    kinds: ClassVar = {"job_id": "id", "next_retry_at": "moment"}
+    sets = f"next_retry_at = u.next_retry_at, {_ANEW}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +248,7 @@ MOVES: tuple[type[Move], ...] = (
     Cancel,
     Expire,
     Retry,
+    RetryLater,
     ForceComplete,
 )
 
@@ -337,17 +361,17 @@ def apply(
 ) -> list[Outcome]:
     """Make every move that the table allows; the outcomes come in the order of the moves.
 
-    Of several moves of one kind for one job the first counts. What is no id in our spelling is an unknown
-    job: ids come from Redis too, where anybody may have written them. `job_types` narrows claims to jobs
-    their worker can run: others stay queued for a worker that knows them.
+    Of several moves of one kind for one job the first counts, of holders' moves the first for one attempt.
+    What is no id in our spelling is an unknown job: ids come from Redis too, where anybody may have written
+    them. `job_types` narrows claims to jobs their worker can run: others stay queued for one that knows them.
     """
     dialect = connection.dialect.name
     won: dict[int, Applied] = {}
     events: list[tuple[Any, ...]] = []
-    by_kind: dict[type[Move], dict[str, int]] = {}
+    by_kind: dict[type[Move], dict[tuple[str, int | None], int]] = {}
     for index, move in enumerate(moves):
         if _ID.fullmatch(move.job_id):
-            by_kind.setdefault(type(move), {}).setdefault(move.job_id, index)
+            by_kind.setdefault(type(move), {}).setdefault(_key(move), index)
     for kind, places in by_kind.items():
         known = kind is Claim and job_types is not None
         statement, rows = _update(kind, dialect, known)  # type: ignore[arg-type]  # mypy: a class has a hash
@@ -359,7 +383,7 @@ def apply(
             parameters["actor"] = actor
         rule = RULES[kind.action]
         for row in connection.execute(statement, {"now": now, **parameters}).mappings():
-            index = places[row["id"]]
+            index = places[row["id"], row["attempt"] if issubclass(kind, HeldMove) else None]
             move = moves[index]
             won[index] = Applied(move, row)
             events.append(
@@ -381,6 +405,11 @@ def apply(
         return [won[index] for index in range(len(moves))]
     found = _where_they_are(connection, [m.job_id for i, m in enumerate(moves) if i not in won])
     return [won.get(i) or Refused(m, *found.get(m.job_id, (None, None))) for i, m in enumerate(moves)]
+
+
+def _key(move: Move) -> tuple[str, int | None]:
+    """What a move is about. A worker that lost a job and claimed it again may report both attempts."""
+    return move.job_id, move.attempt if isinstance(move, HeldMove) else None
 
 
 def _where_they_are(connection: sa.Connection, ids: Iterable[str]) -> dict[str, tuple[JobStatus, int]]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import redis
 
-from laneway.lanes.rq_lanes import connect
+from laneway.clock import Breaker
+from laneway.lanes.rq_lanes import BREAK_SECONDS, connect
 from laneway.log import get_logger
 
 JOBS_CHANNEL = "laneway:live"
@@ -22,6 +24,7 @@ WISHES_CHANNEL = "laneway:wishes"
 """Anything: a running job was asked to stop, so workers beat now instead of later."""
 
 LISTEN_SECONDS = 5.0
+NEWS_SECONDS = 0.25
 
 log = get_logger("live")
 
@@ -41,11 +44,14 @@ class News(Protocol):
 
 
 class RedisNews:
-    """News over Redis."""
+    """News over Redis. After a failed connection nothing is said for a second."""
 
-    def __init__(self, redis_url: str, *, courier_channel: str) -> None:
-        self._redis = connect(redis_url, command_seconds=0.5)
+    def __init__(
+        self, redis_url: str, *, courier_channel: str, monotonic: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._redis = connect(redis_url, command_seconds=NEWS_SECONDS)
         self._courier_channel = courier_channel
+        self._breaker = Breaker(monotonic, seconds=BREAK_SECONDS)
 
     def changed(self, job_ids: Sequence[str]) -> None:
         if job_ids:
@@ -65,10 +71,16 @@ class RedisNews:
         self._redis.close()
 
     def _publish(self, channel: str, text: str) -> None:
+        if not self._breaker.may_try():
+            return
         try:
             self._redis.publish(channel, text)
+        except (redis.ConnectionError, redis.TimeoutError):
+            self._breaker.failed()  # whoever waits polls
         except redis.RedisError:
-            pass  # whoever waits polls
+            pass
+        else:
+            self._breaker.worked()
 
 
 class Silence:

@@ -5,15 +5,14 @@ them); this package imports nothing of RQ. A stock `rq worker` may serve the sam
 call `laneway.worker.entry.run(job_id)`. Our own workers never unpickle it, they take the id.
 
 Nothing is tried again here: repeating a pop whose reply was lost would lose an id, repeating a push
-would double it. After a failed connection every call fails at once for a second, so that an API whose
-Redis is down loses no time.
+would double it. After a failed connection every call fails at once for a second, then one asks with a
+PING and a short patience: a Redis that hangs costs its callers 2 s once and then 0.25 s in each second.
 """
 
 from __future__ import annotations
 
 import base64
 import math
-import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ from redis.backoff import NoBackoff
 from redis.commands.core import Script
 from redis.retry import Retry
 
-from laneway.clock import Clock
+from laneway.clock import Breaker, Clock
 from laneway.domain.spec import queue_of
 from laneway.domain.states import JobStatus
 from laneway.lanes.backend import (
@@ -42,6 +41,7 @@ from laneway.log import get_logger
 CONNECT_SECONDS = 1.0
 COMMAND_SECONDS = 2.0
 BREAK_SECONDS = 1.0
+PROBE_SECONDS = 0.25
 SHORTEST_WAIT_SECONDS = 0.01  # BLPOP takes 0 for "for ever", and Redis 6.2 even takes 0.001 for 0
 REMOVED_TTL = 500
 REMOVE_PART = 500  # LREM walks the list: about 0.1 ms each in a full lane
@@ -86,7 +86,7 @@ def connect(redis_url: str, command_seconds: float = COMMAND_SECONDS) -> redis.R
         protocol=2,
         decode_responses=True,
         encoding_errors="replace",
-        socket_connect_timeout=CONNECT_SECONDS,
+        socket_connect_timeout=min(CONNECT_SECONDS, command_seconds),
         socket_timeout=command_seconds,
         retry=Retry(NoBackoff(), 0),
     )
@@ -108,14 +108,14 @@ class RqLanes:
         self._clock = clock
         self._redis = connect(redis_url, COMMAND_SECONDS)
         self._bells = connect(redis_url, LONGEST_WAIT_SECONDS + COMMAND_SECONDS)
+        self._probe = connect(redis_url, PROBE_SECONDS)
         self._push = self._script("push")
         self._take = self._script("take")
         self._refill = self._script("refill")
         self._purge = self._script("purge")
         self._running = self._script("running")
         self._ended = self._script("ended")
-        self._lock = threading.Lock()
-        self._closed_until = -math.inf
+        self._breaker = Breaker(clock.monotonic, seconds=BREAK_SECONDS)
         self._policy_checked = False
 
     def push(self, items: Sequence[tuple[str, str]]) -> int:
@@ -229,6 +229,7 @@ class RqLanes:
     def close(self) -> None:
         self._redis.close()
         self._bells.close()
+        self._probe.close()
 
     def _script(self, name: str) -> Script:
         here = Path(__file__).parent
@@ -241,31 +242,25 @@ class RqLanes:
 
     @contextmanager
     def _reaching(self) -> Iterator[None]:
-        """Talk to Redis: every failure is LanesUnavailable, and one of the connection closes the door.
-
-        When the second is over, one caller tries; the others go on failing fast until it knows.
-        """
-        with self._lock:
-            now = self._clock.monotonic()
-            if now < self._closed_until:
-                raise LanesUnavailable()
-            if self._closed_until > -math.inf:
-                self._closed_until = now + BREAK_SECONDS
+        """Talk to Redis: every failure is LanesUnavailable, and one of the connection shuts the breaker."""
+        if not self._breaker.may_try():
+            raise LanesUnavailable()
         try:
+            if self._breaker.shut:
+                self._probe.ping()
             if not self._policy_checked:
                 self._check_policy()
             yield
         except (redis.ConnectionError, redis.TimeoutError) as error:
-            with self._lock:
-                self._closed_until = self._clock.monotonic() + BREAK_SECONDS
+            self._breaker.failed()
             log.warning("lanes_unreachable", error=str(error))
             raise LanesUnavailable() from error
         except redis.RedisError as error:
+            if isinstance(error, redis.ReadOnlyError):  # a replica since a failover: ask anew who is master
+                self._redis.connection_pool.disconnect(inuse_connections=False)
             log.warning("lanes_refused", error=str(error))
             raise LanesUnavailable(str(error)) from error
-        if self._closed_until > -math.inf:
-            with self._lock:
-                self._closed_until = -math.inf
+        self._breaker.worked()
 
     def _check_policy(self) -> None:
         """Say once when Redis may throw ids away to make room. Managed services often hide CONFIG."""

@@ -11,24 +11,31 @@ import sqlalchemy as sa
 from laneway.clock import Clock
 from laneway.db import Database
 from laneway.engine import upkeep
+from laneway.engine.reaper import Reaper
+from laneway.engine.retention import Retention, prune
 from laneway.lanes.backend import LaneBackend, LanesUnavailable
 from laneway.log import get_logger
 from laneway.settings import Settings
+
+PRUNE_SECONDS = 0.25  # of one round: a due job waits no longer for the deletion of old ones
+PRUNE_REST_SECONDS = 60.0
 
 log = get_logger("scheduler")
 
 
 class Ticker:
-    """Promotes, expires, reaps and reconciles until it is stopped."""
+    """Promotes, expires, reaps, reconciles and prunes until it is stopped."""
 
     def __init__(self, database: Database, lanes: LaneBackend, settings: Settings, *, clock: Clock) -> None:
         self._database = database
         self._lanes = lanes
         self._settings = settings
         self._clock = clock
-        self._reaper = upkeep.Reaper(
+        self._reaper = Reaper(
             database, clock, lease_seconds=settings.lease_seconds, crash_limit=settings.crash_limit
         )
+        self._retention = Retention.from_settings(settings)
+        self._prune_at = clock.monotonic()
 
     def run(self, stopping: threading.Event) -> None:
         """Run a round every `tick_seconds`, and promote in between as soon as a job falls due."""
@@ -53,6 +60,7 @@ class Ticker:
                 self._sweep("expire", lambda: upkeep.expire(self._database, now=self._clock.now())),
                 self._sweep("reap", lambda: self._ring(self._reaper.sweep())),
                 self._sweep("reconcile", self._reconcile),
+                self._sweep("prune", self._prune),
             ]
         )
 
@@ -64,6 +72,20 @@ class Ticker:
         window = self._settings.lane_window
         return upkeep.reconcile(self._database, self._lanes, window=window, now=self._clock.now())
 
+    def _prune(self) -> int:
+        """Rows deleted. Batches follow each other for PRUNE_SECONDS; when none is left, a rest follows."""
+        began = self._clock.monotonic()
+        rows = 0
+        while self._clock.monotonic() >= self._prune_at:
+            batch = prune(self._database, self._retention, now=self._clock.now())
+            rows += batch.rows
+            now = self._clock.monotonic()
+            if not batch.more:
+                self._prune_at = now + PRUNE_REST_SECONDS
+            elif now - began >= PRUNE_SECONDS:
+                break
+        return rows
+
     def _ring(self, items: Sequence[tuple[str, str]]) -> int:
         return self._lanes.push(items) if items else 0
 
@@ -74,7 +96,7 @@ class Ticker:
             log.warning("sweep_failed", sweep=name, error=type(error).__name__)
             return False
         if done:
-            log.info("swept", sweep=name, jobs=done)
+            log.info("swept", sweep=name, rows=done)
         return True
 
     def _until_due(self) -> float:

@@ -273,7 +273,7 @@ def _tell(finished: Finished) -> None:
 def main(settings: Settings) -> None:
     """Run one courier until SIGTERM or SIGINT."""
     clock = SystemClock()
-    database = Database(settings.database)
+    database = Database(settings.database, statement_seconds=settings.statement_seconds)
     courier = Courier(database, settings, clock, box=SecretBox.from_settings(settings), rng=Random())  # noqa: S311
 
     async def run() -> None:

@@ -37,6 +37,9 @@ class DeliveryStatus(StrEnum):
     SKIPPED = "skipped"  # its endpoint was disabled when it happened
 
 
+UNDONE = frozenset({DeliveryStatus.PENDING, DeliveryStatus.SENDING, DeliveryStatus.RETRYING})
+
+
 class ErrorClass(StrEnum):
     """Why an attempt failed, for programs."""
 

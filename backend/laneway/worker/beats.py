@@ -20,6 +20,8 @@ log = get_logger("beats")
 class Beats:
     """Beats every `beat_seconds`, and at once when told to; hands on the wishes it reads.
 
+    `named` is told which of the jobs that have begun the database knows of now.
+
     `lost` is called once the lease can no longer be trusted: the database says that this worker is dead, or
     no beat went through for the lease less two beats. Whoever runs jobs must then stop them.
     """
@@ -30,18 +32,24 @@ class Beats:
         *,
         worker_id: str,
         held: Callable[[], Sequence[str]],
+        begun: Callable[[], Sequence[str]],
         clock: Clock,
         wished: Callable[[list[Wish]], None],
         lost: Callable[[], None],
+        named: Callable[[Sequence[str]], None] = lambda _: None,
     ) -> None:
-        self._database = Database(settings.database, pool_size=1)
+        self._database = Database(
+            settings.database, pool_size=1, statement_seconds=settings.worker_statement_seconds
+        )
         self._every = settings.beat_seconds
-        self._patience = settings.lease_seconds - 2 * settings.beat_seconds
+        self._patience = settings.lease_patience_seconds
         self._worker_id = worker_id
         self._held = held
+        self._begun = begun
         self._clock = clock
         self._wished = wished
         self._lost = lost
+        self._named = named
         self._last = clock.monotonic()
         self._wake = threading.Event()
         self._stopping = threading.Event()
@@ -68,7 +76,8 @@ class Beats:
     def _run(self) -> None:
         while not self._stopping.is_set():
             try:
-                wishes = leases.beat(self._database, worker_id=self._worker_id, held=self._held())
+                begun, held = self._begun(), self._held()
+                wishes = leases.beat(self._database, worker_id=self._worker_id, held=held, begun=begun)
             except (sa.exc.DBAPIError, sa.exc.TimeoutError) as error:
                 log.warning("beat_failed", worker_id=self._worker_id, error=type(error).__name__)
                 if self.overdue:
@@ -79,6 +88,7 @@ class Beats:
                     self._lost()
                     return
                 self._last = self._clock.monotonic()
+                self._named(begun)
                 if wishes:
                     self._wished(wishes)
             self._wake.wait(self._every)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import gc
 import os
+import resource
 import signal
 import socket
 import sys
@@ -29,6 +30,7 @@ from laneway.engine.context import Progress
 from laneway.engine.endings import Ending, Raised
 from laneway.engine.registry import Registry
 from laneway.worker.alarm import Alarm
+from laneway.worker.memory import forget_peak, private_mib
 from laneway.worker.running import Runner
 from laneway.worker.wire import Frames, pack
 
@@ -60,6 +62,7 @@ class Child:
         while not self.frames.ended:
             for message in self.frames.read():
                 self._round.extend(message.get("run", ()))
+            forget_peak()  # should this process die, the figure is to be that of this round
             if len(self._round) > 1:
                 self.alarm.set("share", self._hand_back, seconds=HAND_BACK_SECONDS)
             while self._round:
@@ -149,20 +152,27 @@ class JobLine:
         return self._cancelled
 
 
-def live(stream: socket.socket, registry: Registry) -> None:
-    """The whole life of a forked child; does not return."""
+def live(stream: socket.socket, registry: Registry, *, memory_mib: int) -> None:
+    """The whole life of a forked child; does not return.
+
+    It may take `memory_mib` beyond what it was born with: a handler that asks for more gets MemoryError
+    (setrlimit(2), RLIMIT_DATA; what it starts has the same limit). 0 sets none.
+    """
     status = 0
     try:
         os.setpgid(0, 0)  # a kill takes what the handler started with it
         for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             # The pool decides when to stop. Unlike SIG_IGN a function is not inherited by exec.
             signal.signal(name, lambda *_: None)
+        if memory_mib and (born_with := private_mib(os.getpid())) is not None:
+            limit = (born_with + memory_mib) << 20
+            resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
         gc.enable()
         Child(stream, registry).serve()
     except (BrokenPipeError, ConnectionResetError):
         pass  # the pool has gone
     except BaseException:
+        status = BROKEN  # first: there may be nowhere to print to
         traceback.print_exc()
-        status = BROKEN
     finally:
         os._exit(status)

@@ -14,9 +14,11 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any
 
+from laneway.engine.context import Progress
 from laneway.engine.outcomes import Claimed
+from laneway.worker.memory import private_mib
 from laneway.worker.nursery import MAX_MESSAGE
-from laneway.worker.wire import Frames, pack
+from laneway.worker.wire import MAX_FROM_CHILD, Frames, pack
 
 START_SECONDS = 60.0
 STOP_SECONDS = 2.0
@@ -35,6 +37,7 @@ class Doom(Enum):
     DRAIN = auto()
     LOST = auto()  # the lease
     STUCK = auto()
+    BABBLE = auto()  # it sent what is no message
     RECYCLED = auto()
 
 
@@ -51,6 +54,8 @@ class ChildProcess:
     doom: Doom | None = None
     doomed_job: str = ""  # the job that ran when it was killed
     cancel_at: float | None = None  # monotonic: when the grace of a cancel is over
+    progress: Progress | None = None  # the last that was heard of the job that runs
+    born_with_mib: int | None = None  # private memory; None where that is not watched
 
     @property
     def idle(self) -> bool:
@@ -64,10 +69,16 @@ class ChildProcess:
         """Start a round."""
         self.jobs = {job.job_id: job for job in jobs}
         self.since = now
+        self.progress = None
         self.served += len(jobs)
         self._write(
             {"run": [[j.job_id, j.attempt, j.job_type, j.parameters, j.timeout_seconds] for j in jobs]}
         )
+
+    def kept_mib(self) -> int:
+        """How much more memory it has than it was born with."""
+        now = None if self.born_with_mib is None else private_mib(self.pid)
+        return 0 if self.born_with_mib is None or now is None else now - self.born_with_mib
 
     def ask_to_stop(self, job_id: str) -> None:
         self._write({"cancel": job_id})
@@ -104,7 +115,7 @@ class ChildProcess:
 class Nursery:
     """Starts the nursery process and speaks with it."""
 
-    def __init__(self, tasks: Sequence[str]) -> None:
+    def __init__(self, tasks: Sequence[str], *, child_memory_mib: int) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         command = [
             sys.executable,
@@ -112,6 +123,7 @@ class Nursery:
             "laneway.worker.nursery",
             str(theirs.fileno()),
             str(os.getpid()),
+            str(child_memory_mib),
             *tasks,
         ]
         self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()])  # noqa: S603
@@ -164,7 +176,7 @@ class Nursery:
         if descriptors:
             stream = socket.socket(fileno=descriptors[0])
             stream.setblocking(False)
-            message["child"] = ChildProcess(message["child"], stream, Frames(stream))
+            message["child"] = ChildProcess(message["child"], stream, Frames(stream, limit=MAX_FROM_CHILD))
         return message
 
     def stop(self) -> None:

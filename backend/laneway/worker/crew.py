@@ -12,7 +12,7 @@ from typing import Any
 from laneway.clock import Clock
 from laneway.engine import endings
 from laneway.engine.context import Progress
-from laneway.engine.endings import Cancelled, Crashed, Ending, TimedOut, Unfinished
+from laneway.engine.endings import Cancelled, Crashed, Death, Ending, TimedOut, Unfinished
 from laneway.engine.leases import Wish
 from laneway.engine.outcomes import Claimed
 from laneway.log import get_logger
@@ -20,6 +20,7 @@ from laneway.settings import Settings
 from laneway.worker.children import ChildProcess, Doom, Nursery
 from laneway.worker.dealing import Dealer
 from laneway.worker.ledger import Ledger
+from laneway.worker.memory import private_mib
 
 log = get_logger("worker")
 
@@ -70,6 +71,10 @@ class Crew:
         running = (c.current for c in self._children.values() if now - c.since > longer_than)
         return [job for job in running if job is not None]
 
+    def begun(self) -> list[str]:
+        """The lease tokens of the jobs that have started."""
+        return [child.current.lease_token for child in self._children.values() if child.current]
+
     def keep_up(self) -> None:
         """Ask for the children that are missing."""
         while self._expected < self._wanted and self._nursery.ask_for_child():
@@ -92,42 +97,58 @@ class Crew:
             if "child" in message:
                 self._welcome(message["child"])
             elif message["exit"] in self._children:
-                self._bury(self._children[message["exit"]], message["status"])
+                child = self._children[message["exit"]]
+                self._bury(child, message["status"], peak_memory_mib=message["peak_memory_mib"])
 
     def _welcome(self, child: ChildProcess) -> None:
         self._children[child.pid] = child
+        if self._settings.child_memory_mib:
+            child.born_with_mib = private_mib(child.pid)
         self._selector.register(child.stream, selectors.EVENT_READ, lambda: self._hear(child))
 
     def _hear(self, child: ChildProcess) -> None:
         if self._children.get(child.pid) is not child:
             return  # buried since the selector looked
-        for message in child.frames.read():
-            self._take_in(child, message)
+        self._listen_to(child)
         if child.frames.ended:
             self._selector.unregister(child.stream)
-        elif child.idle and child.served >= self._settings.recycle_jobs:
+        elif child.idle and self._worn_out(child):
             self._selector.unregister(child.stream)
             child.let_go()
+
+    def _worn_out(self, child: ChildProcess) -> bool:
+        """Whether the next job should find a new child: one short of memory would fail the innocent."""
+        return (
+            child.served >= self._settings.recycle_jobs
+            or child.kept_mib() * 2 > self._settings.child_memory_mib > 0
+        )
+
+    def _listen_to(self, child: ChildProcess) -> None:
+        for message in child.frames.read():  # the socket does not block
+            self._take_in(child, message)
+        if child.frames.broken:
+            child.kill(Doom.BABBLE)
 
     def _take_in(self, child: ChildProcess, message: list[Any]) -> None:
         """Of a job that is not the child's any more (the lease was lost) nothing is heard."""
         now = self._clock.monotonic()
         match message:
             case ["end", job_id, kind, *values, run_ms]:
-                child.since, child.cancel_at = now, None
+                child.since, child.cancel_at, child.progress = now, None, None
                 if (job := child.jobs.pop(job_id, None)) is not None:
                     self._dealer.learn(job.job_type, run_ms / 1000)
                     self._ledger.end(job, _ENDINGS[kind](*values))
             case ["progress", job_id, percent, text, details]:
                 if (job := child.jobs.get(job_id)) is not None:
-                    self._ledger.note(job, Progress(percent, text, details))
+                    child.progress = Progress(percent, text, details)
+                    self._ledger.note(job, child.progress)
             case ["back", job_ids]:
                 back = [child.jobs.pop(job_id) for job_id in job_ids if job_id in child.jobs]
                 if child.current is not None:
                     self._dealer.learn(child.current.job_type, now - child.since)
                 self._dealer.put_back(back, now=now)
 
-    def _bury(self, child: ChildProcess, status: int) -> None:
+    def _bury(self, child: ChildProcess, status: int, *, peak_memory_mib: int) -> None:
         """A child has exited: what it had said counts, then its current job bears the blame."""
         if child.doom is not Doom.RECYCLED:
             self._hear_out(child)
@@ -135,7 +156,7 @@ class Crew:
         self._expected -= 1
         current, *rest = child.jobs.values() or (None,)
         if current is not None:
-            self._ledger.end(current, _blame(child, current, status))
+            self._ledger.end(current, _blame(child, current, status, peak_memory_mib=peak_memory_mib))
         self._dealer.put_back([job for job in rest if job is not None], now=self._clock.monotonic())
         if child.doom is None:
             log.warning("child_died", pid=child.pid, how=_how(status), job_id=current and current.job_id)
@@ -145,11 +166,9 @@ class Crew:
         if not child.frames.ended:
             self._selector.unregister(child.stream)
             while not child.frames.ended:
-                messages = child.frames.read(wait=False)
+                self._listen_to(child)
                 if child.frames.dry:
                     break
-                for message in messages:
-                    self._take_in(child, message)
         child.stream.close()
 
     # Stopping
@@ -209,9 +228,18 @@ class Crew:
                 child.jobs.clear()
 
 
-def _blame(child: ChildProcess, job: Claimed, status: int) -> Ending:
-    if child.doom is None:
-        return Crashed(_how(status))
+def _blame(child: ChildProcess, job: Claimed, status: int, *, peak_memory_mib: int) -> Ending:
+    if child.doom in (None, Doom.BABBLE):
+        last = child.progress
+        death = Death(
+            signal=_signal_name(os.WTERMSIG(status)) if os.WIFSIGNALED(status) else None,
+            exit_status=os.WEXITSTATUS(status) if os.WIFEXITED(status) else None,
+            peak_memory_mib=peak_memory_mib,
+            progress_percent=last.percent if last else None,
+            progress_message=last.message if last else None,
+        )
+        babble = "wrote what is no message into its connection to the worker"
+        return Crashed(_how(status) if child.doom is None else babble, death)
     if child.doomed_job == job.job_id:
         match child.doom:
             case Doom.TIMEOUT:
@@ -225,5 +253,13 @@ def _how(status: int) -> str:
     """A wait status in words."""
     if os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)
-        return f"killed by signal {number} ({signal.Signals(number).name})"
+        hint = ", as the kernel does when memory runs out" if number == signal.SIGKILL else ""
+        return f"killed by signal {number} ({_signal_name(number)}){hint}"
     return f"exited with status {os.waitstatus_to_exitcode(status)}"
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"SIGRTMIN+{number - signal.SIGRTMIN}"  # of the real-time signals only the ends have names

@@ -60,7 +60,9 @@ class _Run:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._clock = SystemClock()
-        self._database = Database(settings.database, pool_size=2)
+        self._database = Database(
+            settings.database, pool_size=2, statement_seconds=settings.worker_statement_seconds
+        )
         self._news = RedisNews(settings.redis_url, courier_channel=WAKE_CHANNEL)
         self._worker_id = new_id()
         self._finished = threading.Event()
@@ -81,6 +83,7 @@ class _Run:
             self._settings,
             worker_id=self._worker_id,
             held=lambda: [token],
+            begun=lambda: [token],
             clock=self._clock,
             wished=self._hear_wishes,
             lost=_end_process,

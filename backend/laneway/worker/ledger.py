@@ -87,8 +87,8 @@ class Ledger:
 
     # Transactions
 
-    def find(self, count: int, *, queued_for_seconds: float = 0.0) -> list[str]:
-        """The ids that the lanes would give, from the database; none when it is away."""
+    def find(self, count: int, *, queued_for_seconds: float = 0.0) -> list[str] | None:
+        """The ids that the lanes would give, from the database; None when it is away."""
         before = self._clock.now() - timedelta(seconds=queued_for_seconds)
         try:
             with self._database.read() as connection:
@@ -96,7 +96,7 @@ class Ledger:
                     connection, self._lanes, self._holder.job_types, limit=count, before=before
                 )
         except (sa.exc.DBAPIError, sa.exc.TimeoutError):
-            return []
+            return None
 
     def commit(self, ids: Sequence[str]) -> tuple[list[Claimed], list[Settled]]:
         """Settle all endings and claim the ids: the jobs claimed, in order, and the endings that counted.

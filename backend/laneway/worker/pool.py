@@ -33,6 +33,7 @@ from laneway.engine import leases
 from laneway.engine.endings import Unfinished
 from laneway.engine.exchange import Holder, Settled
 from laneway.engine.leases import Wish
+from laneway.engine.outcomes import Claimed
 from laneway.errors import StorageUnavailable
 from laneway.lanes.backend import LanesUnavailable
 from laneway.lanes.live import WISHES_CHANNEL, RedisNews, listen
@@ -68,7 +69,8 @@ class PoolWorker:
         concurrency: int | None = None,
         burst: bool = False,
     ) -> None:
-        self._nursery = Nursery(settings.tasks)  # before any thread and any connection
+        # Before any thread and any connection
+        self._nursery = Nursery(settings.tasks, child_memory_mib=settings.child_memory_mib)
         self._job_types = self._nursery.wait_until_ready()
         self._settings = settings
         self._queues = tuple(queues)
@@ -76,7 +78,9 @@ class PoolWorker:
         self._burst = burst
         self._clock: Clock = SystemClock()
         self._rng = Random()  # noqa: S311 - jitter
-        self._database = Database(settings.database, pool_size=2)
+        self._database = Database(
+            settings.database, pool_size=2, statement_seconds=settings.worker_statement_seconds
+        )
         self._lanes = RqLanes(settings.redis_url, clock=self._clock, window=settings.lane_window)
         self._news = RedisNews(settings.redis_url, courier_channel=WAKE_CHANNEL)
         self._face = RqFace(settings.redis_url, lane_names=self._lane_names, lanes=self._lanes)
@@ -96,7 +100,11 @@ class PoolWorker:
             settings=settings,
             clock=self._clock,
         )
-        self._wishes: deque[Wish] = deque()  # from the thread of the beats
+        # From the thread of the beats, and for it
+        self._wishes: deque[Wish] = deque()
+        self._named: deque[str] = deque()
+        self._begun: list[str] = []
+        self._suspects: dict[str, Claimed] = {}  # by lease token: started once a beat has named them
         self._signals = 0
         self._stopping = threading.Event()
         self._lost = False
@@ -104,6 +112,7 @@ class PoolWorker:
         self._rung = threading.Event()  # the bell rang since the last take
         self._listening = threading.Event()  # there is room: the bell thread may wait
         self._idle = 0
+        self._cut_off = False  # the last claim did not reach the database
         # Monotonic moments
         self._look_at = 0.0  # into the lanes, uncalled
         self._own_look_at = 0.0  # into the database, when the lanes are empty
@@ -197,6 +206,9 @@ class PoolWorker:
             self._crew.keep_up()
         while self._wishes:
             self._crew.grant(self._wishes.popleft(), now)
+        while self._named:
+            if (suspect := self._suspects.pop(self._named.popleft(), None)) is not None:
+                self._dealer.add([suspect], now=now)
         self._kill_at = self._crew.enforce(now)
         self._crew.deal(now)
         if (
@@ -207,9 +219,10 @@ class PoolWorker:
         if hand_back_at is not None and now >= hand_back_at:
             self._hand_back()
         self._show(now)
+        self._begun = [*self._crew.begun(), *self._suspects]
 
     def _room(self) -> int:
-        if self._signals or self._face.suspended or self._beats.overdue:
+        if self._signals or self._face.suspended or self._beats.overdue or self._suspects:
             return 0
         return self._dealer.room(self._crew.idle())
 
@@ -221,14 +234,20 @@ class PoolWorker:
             claimed, settled = self._ledger.commit(ids)
         except StorageUnavailable:
             self._pause_until = now + DATABASE_PAUSE_SECONDS
+            self._cut_off = True
             return
         if claimed or (ids and not searched):
             self._look_at = now  # there may be more
         if claimed and searched:
             self._own_look_at = now
         now = self._clock.monotonic()
-        self._dealer.add(claimed, now=now)
+        suspects = {job.lease_token: job for job in claimed if job.suspect}
+        self._dealer.add([job for job in claimed if not job.suspect], now=now)
         self._crew.deal(now)
+        if suspects:  # should this worker die of one of them, the database must know which had begun
+            self._suspects = suspects
+            self._begun = [*self._crew.begun(), *suspects]
+            self._beats.now()
         if settled:
             self._tell(settled)
 
@@ -242,15 +261,20 @@ class PoolWorker:
             return [], False
         self._rung.clear()
         self._look_at = now + self._settings.poll_seconds
+        if self._cut_off:  # ids taken off the lanes now would be lost to workers that can claim them
+            found = self._ledger.find(room)
+            self._cut_off = found is None
+            return found or [], True
         searched = False
         try:
             ids = self._lanes.take(self._lane_names, room, worker_name=self._face.name)
         except LanesUnavailable:
-            ids, searched = self._ledger.find(room), True
+            ids, searched = self._ledger.find(room) or [], True
         else:
             if not ids and now >= self._own_look_at:
                 self._own_look_at = now + OWN_LOOK_SECONDS
-                ids, searched = self._ledger.find(room, queued_for_seconds=OWN_LOOK_SECONDS), True
+                ids = self._ledger.find(room, queued_for_seconds=OWN_LOOK_SECONDS) or []
+                searched = True
         if not ids:
             self._listening.set()
             self._drained = self._burst and not self._ledger and not self._ledger.unsettled
@@ -266,6 +290,11 @@ class PoolWorker:
     def _hand_back(self) -> None:
         for job in self._dealer.take_all():
             self._ledger.end(job, Unfinished())
+
+    def _hear_named(self, tokens: Sequence[str]) -> None:
+        if self._suspects:
+            self._named.extend(tokens)
+            self._wake()
 
     def _show(self, now: float) -> None:
         self._ledger.save_progress(now)
@@ -323,9 +352,16 @@ class PoolWorker:
 
     # The lease
 
-    def _start_lease(self) -> None:
+    def _start_lease(self, *, replaces: str | None = None) -> None:
         worker_id = new_id()
-        leases.register(self._database, worker_id=worker_id, name=self._face.name, lanes=self._lane_names)
+        leases.register(
+            self._database,
+            worker_id=worker_id,
+            name=self._face.name,
+            lanes=self._lane_names,
+            job_types=self._job_types,
+            replaces=replaces,
+        )
         self._worker_id = worker_id
         self._lost = False
         self._ledger.open(Holder(worker_id, self._job_types, self._settings.crash_limit, self._rng))
@@ -333,9 +369,11 @@ class PoolWorker:
             self._settings,
             worker_id=worker_id,
             held=self._ledger.tokens,
+            begun=lambda: self._begun,
             clock=self._clock,
             wished=self._hear_wishes,
             lost=self._lose_lease,
+            named=self._hear_named,
         )
         self._beats.start()
 
@@ -345,15 +383,15 @@ class PoolWorker:
         self._dealer.take_all()
         held = self._ledger.drop_all()
         self._wishes.clear()
+        self._suspects.clear()
         if self._signals:
             self._stopping.set()
             self._lost = False
         elif now >= self._pause_until:
             log.warning("lease_lost", worker_id=self._worker_id, held=held)
             self._beats.stop()
-            self._leave("gone")
             try:
-                self._start_lease()
+                self._start_lease(replaces=self._worker_id)
             except (sa.exc.DBAPIError, sa.exc.TimeoutError):
                 self._pause_until = now + DATABASE_PAUSE_SECONDS
 
@@ -371,6 +409,8 @@ class PoolWorker:
             seconds = self._settings.drain_seconds
             log.info("worker_draining", held=len(self._ledger), seconds=seconds)
             self._leave("draining")
+        self._dealer.add(self._suspects.values(), now=now)
+        self._suspects.clear()
         self._hand_back()
         if now >= self._stop_at or self._signals > 1:
             self._crew.release_all()

@@ -14,10 +14,19 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from laneway.domain.payload import to_json
+from laneway.domain.retry import Category, category_of
 from laneway.engine.context import JobContext, Line, enter
-from laneway.engine.endings import Cancelled, Ending, Raised, Returned, TimedOut
+from laneway.engine.endings import (
+    MAX_ERROR_MESSAGE,
+    MAX_TRACEBACK,
+    Cancelled,
+    Ending,
+    Raised,
+    Returned,
+    TimedOut,
+)
 from laneway.engine.registry import JobType
-from laneway.errors import JobCancelled, JobTimeout, LanewayError, PermanentError, Retry, Snooze
+from laneway.errors import JobCancelled, JobTimeout, Retry, Snooze
 from laneway.worker.alarm import Alarm
 
 NAG_SECONDS = 1.0  # between one soft timeout and the next, for a handler that swallowed it
@@ -67,7 +76,11 @@ class Runner:
         except JobCancelled:
             return Cancelled()
         except BaseException as error:
-            return TimedOut(timeout_seconds, _trace(error)) if timed_out else _raised(error)
+            if timed_out:
+                return TimedOut(timeout_seconds, _trace(error))
+            return _raised(
+                error, category_of(error, retry_on=job_type.retry_on, no_retry_on=job_type.no_retry_on)
+            )
         finally:
             self._alarm.clear("timeout")  # again: the one above may be where the alarm struck
 
@@ -108,26 +121,24 @@ def _finish_stragglers(loop: asyncio.AbstractEventLoop) -> None:
         loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
 
 
-def _raised(error: BaseException) -> Ending:
+def _raised(error: BaseException, category: Category) -> Ending:
     name, text = type(error).__name__, _words(error)
     match error:
         case Retry():
             return Raised(name, text, in_seconds=error.in_seconds)
         case Snooze():
             return Raised(name, text, in_seconds=error.in_seconds, charged=False)
-        case PermanentError() | LanewayError():
-            return Raised(name, text, _trace(error), permanent=True)
         case SystemExit():
-            return Raised(name, f"the handler called sys.exit({error.code!r})", _trace(error))
-    return Raised(name, text, _trace(error))
+            text = f"the handler called sys.exit({error.code!r})"
+    return Raised(name, text, _trace(error), permanent=category is Category.PERMANENT)
 
 
 def _words(error: BaseException) -> str:
     try:
-        return str(error)
+        return str(error)[:MAX_ERROR_MESSAGE]  # here too: what is cut is not sent
     except Exception as why:
         return f"(its message cannot be made: {type(why).__name__})"
 
 
 def _trace(error: BaseException) -> str:
-    return "".join(traceback.format_exception(error))
+    return "".join(traceback.format_exception(error))[-MAX_TRACEBACK:]

@@ -10,8 +10,8 @@ from uuid import UUID
 import sqlalchemy as sa
 from alembic import op
 
-revision = "20261122_2000"
-down_revision = "20261122_0900"
+revision = "20261122_2100"
+down_revision = "20261122_2000"
 branch_labels = None
 depends_on = None
 

@@ -1,0 +1,58 @@
+"""Indexes that keep lists short: a user's own jobs, the jobs of a type, what is blocked, dead letters.
+
+Safe with the running release: on PostgreSQL they are built while it reads and writes.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "20261122_2000"
+down_revision = "20261122_1900"
+branch_labels = None
+depends_on = None
+
+INDEXES = (
+    ("ix_jobs_tenant_id_created_by_id", ["tenant_id", "created_by", "id"], None),
+    ("ix_jobs_tenant_id_job_type_id", ["tenant_id", "job_type", "id"], None),
+    ("ix_jobs_blocked", ["tenant_id", "id"], "status = 'blocked'"),
+    ("ix_jobs_dead_letters", ["tenant_id", "id"], "dead_letter_reason IS NOT NULL"),
+)
+
+
+def upgrade() -> None:
+    with _outside_of_a_transaction():
+        _timeouts(lock="0", statement="2h")  # a build waits for older transactions, and holds nobody up
+        for name, columns, where in INDEXES:
+            condition = None if where is None else sa.text(where)
+            # A build that broke off has left an invalid index under its name.
+            op.drop_index(name, "jobs", if_exists=True, postgresql_concurrently=True)
+            op.create_index(
+                name,
+                "jobs",
+                columns,
+                postgresql_where=condition,
+                sqlite_where=condition,
+                postgresql_concurrently=True,
+            )
+        _timeouts(lock="2s", statement="30s")  # as env.py has them
+
+
+def downgrade() -> None:
+    with _outside_of_a_transaction():
+        for name, _, _ in reversed(INDEXES):
+            op.drop_index(name, "jobs", if_exists=True, postgresql_concurrently=True)
+
+
+def _outside_of_a_transaction() -> AbstractContextManager[None]:
+    context = op.get_context()
+    return nullcontext() if context.dialect.name == "sqlite" else context.autocommit_block()
+
+
+def _timeouts(*, lock: str, statement: str) -> None:
+    if op.get_context().dialect.name == "postgresql":
+        op.execute(f"SET lock_timeout = '{lock}'")
+        op.execute(f"SET statement_timeout = '{statement}'")

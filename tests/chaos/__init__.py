@@ -1,0 +1,1 @@
+"""Real processes under faults, and the proof that nothing acknowledged was lost."""
