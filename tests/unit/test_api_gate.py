@@ -162,6 +162,8 @@ def test_the_codes_are_a_closed_list() -> None:
         *("payload_too_large", "rate_limited", "storage_unavailable", "unauthenticated", "unavailable"),
         *(
             "dead_letter_not_found",
+            "delivery_not_found",
+            "endpoint_not_found",
             "overloaded",
             "quota_queued",
             "unique_key_taken",
