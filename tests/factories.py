@@ -136,7 +136,7 @@ def add_webhook(
     **attempt: Any,
 ) -> str:
     """The id of a delivery of one of the job's webhooks, with its message and one attempt at `at`."""
-    owned = {"tenant_id": TENANT, "created_by": "alice"}
+    owned = {"tenant_id": TENANT, "created_by": "alice", "created_at": at, "updated_at": at}
     m = models.webhook_messages
     with database.write() as connection:
         others = sa.select(sa.func.count()).select_from(m).where(m.c.job_id == job_id)
@@ -164,6 +164,31 @@ def add_webhook(
         connection.execute(sa.insert(models.webhook_deliveries).values(owned | delivery))
         connection.execute(sa.insert(models.webhook_attempts).values(owned | made | attempt))
     return str(delivery["id"])
+
+
+def add_endpoint(database: Database, *event_types: str, **columns: Any) -> str:
+    """The id of a new endpoint that hears `event_types`."""
+    row: dict[str, Any] = {
+        "id": new_id(),
+        "tenant_id": TENANT,
+        "created_by": "bob",
+        "url": "https://example.net/endpoint",
+        "event_types": list(event_types),
+        "filters": {},
+        "format": "standard",
+        "status": "enabled",
+        "enabled_at": NOW,
+        "secret": "sealed",
+        "old_secrets": [],
+        "sign_with": "v1",
+        "timeout_seconds": 10.0,
+        "retry_schedule": [1.0],
+        "max_in_flight": 8,
+        "in_order": False,
+    } | columns
+    with database.write() as connection:
+        connection.execute(sa.insert(models.webhook_endpoints).values(row))
+    return str(row["id"])
 
 
 def change(database: Database, table: sa.Table, row_id: str, **columns: Any) -> None:

@@ -139,7 +139,7 @@ class Settings(BaseSettings):
         30,
         ge=0,
         le=36_500,
-        description="Delivered webhooks of jobs that are kept likewise; 0 keeps them with the job.",
+        description="Webhooks of kept jobs, delivered or given up, likewise; 0 keeps them with the job.",
     )
 
     # Webhooks
@@ -157,6 +157,13 @@ class Settings(BaseSettings):
     )
     webhook_timeout_seconds: float = Field(
         10.0, gt=0, le=60, description="Longest wait for a receiver, in all."
+    )
+
+    # Notifications
+    notifications: Path | None = Field(
+        None,
+        description="TOML file that says who is notified of what (docs/how-to/get_notified.md). "
+        "Every process reads it when it starts. Empty: nobody.",
     )
 
     # The command line
@@ -189,6 +196,11 @@ class Settings(BaseSettings):
     @classmethod
     def _comma_separated(cls, value: object) -> object:
         return _split(value)
+
+    @field_validator("notifications", mode="before")
+    @classmethod
+    def _empty_is_none(cls, value: object) -> object:
+        return None if value == "" else value
 
     @field_validator("webhook_allowed_cidrs")
     @classmethod

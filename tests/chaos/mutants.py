@@ -34,18 +34,19 @@ def message_after_commit() -> None:
     """A worker writes webhook messages in a transaction of their own, after the one that ended the job."""
     outcomes: Any = import_module("laneway.engine.outcomes")
     ledger: Any = import_module("laneway.worker.ledger")
-    tell, exchange = outcomes._tell, ledger.exchange
+    tell, exchange = outcomes.tell, ledger.exchange
     untold: list[tuple[list[Any], Any]] = []
 
-    def tell_later(_connection: Any, applied: Any, *, now: Any) -> None:
+    def tell_later(_connection: Any, applied: Any, *, now: Any) -> set[str]:
         untold.append((list(applied), now))
+        return set()
 
     def exchange_and_tell(database: Any, *args: Any, **kwargs: Any) -> Any:
-        outcomes._tell = tell_later
+        outcomes.tell = tell_later
         try:
             done = exchange(database, *args, **kwargs)
         finally:
-            outcomes._tell = tell
+            outcomes.tell = tell
         while untold:
             applied, now = untold.pop()
             with database.write() as connection:

@@ -9,15 +9,17 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from factories import NOW, add_job, add_webhook, add_worker, at_once, rows_of, status_of
+from factories import NOW, TENANT, add_job, add_webhook, add_worker, at_once, rows_of, status_of
 from laneway import models
 from laneway.clock import FrozenClock, new_id
 from laneway.db import Database
 from laneway.domain.states import ACTIVE, FINAL, JobStatus
 from laneway.engine import retention
 from laneway.engine.outcomes import carry_out
+from laneway.engine.queries import Scope
 from laneway.engine.retention import (
     BATCH_ROWS,
+    PAYLOADS_ARE_KEPT,
     WORKERS_ARE_KEPT,
     Pruned,
     Retention,
@@ -26,10 +28,13 @@ from laneway.engine.retention import (
     prune,
 )
 from laneway.engine.transitions import Retry
+from laneway.engine.webhook_ledger import redeliver
+from laneway.errors import DeliveryNotFound
 from laneway.lanes.memory_lanes import MemoryLanes
 from laneway.scheduler import ticker
 from laneway.scheduler.ticker import PRUNE_REST_SECONDS, Ticker
 from laneway.settings import Settings
+from laneway.webhooks.retries import UNDONE, DeliveryStatus
 
 MONTH = timedelta(days=30)
 MICROSECOND = timedelta(microseconds=1)
@@ -43,6 +48,10 @@ def ended(database: Database, status: JobStatus = JobStatus.COMPLETED, age: time
 
 def jobs(database: Database) -> set[str]:
     return {row["id"] for row in rows_of(database, models.jobs)}
+
+
+def deliveries(database: Database) -> set[str]:
+    return {row["id"] for row in rows_of(database, models.webhook_deliveries)}
 
 
 def delete(database: Database, *ids: str) -> list[str]:
@@ -151,35 +160,89 @@ def test_settings_say_how_long_and_zero_means_for_ever(database: Database) -> No
     never = Settings(keep_completed_days=0, keep_cancelled_days=0, keep_failed_days=0, keep_webhooks_days=0)
     for status in FINAL:
         add_webhook(database, ended(database, status, 999 * MONTH), at=NOW - 999 * MONTH)
-    assert prune(database, Retention.from_settings(never), now=NOW) == Pruned()
+    assert prune(database, Retention.from_settings(never), now=NOW) == Pruned(payloads=len(FINAL))
 
 
-def test_delivered_webhooks_of_jobs_that_are_kept_are_pruned_by_themselves(database: Database) -> None:
+@pytest.mark.parametrize("status", sorted(frozenset(DeliveryStatus) - UNDONE))
+def test_webhooks_of_jobs_that_are_kept_are_pruned_by_themselves(database: Database, status: str) -> None:
     job_id = ended(database, JobStatus.FAILED)
-    old = add_webhook(database, job_id, at=NOW - MONTH)
-    young = add_webhook(database, job_id, at=NOW - MONTH + MICROSECOND)
-    dead = add_webhook(database, job_id, "dead", at=NOW - 99 * MONTH)
-    assert count(database, KEEP, now=NOW) == Pruned(deliveries=1)
-    assert prune(database, KEEP, now=NOW) == Pruned(deliveries=1)
-    assert {row["id"] for row in rows_of(database, models.webhook_deliveries)} == {young, dead}
+    old = add_webhook(database, job_id, status, at=NOW - MONTH)
+    young = add_webhook(database, job_id, status, at=NOW - MONTH + MICROSECOND)
+    assert count(database, KEEP, now=NOW) == Pruned(messages=1)
+    assert prune(database, KEEP, now=NOW) == Pruned(messages=1)
+    assert deliveries(database) == {young}
     assert old not in {row["delivery_id"] for row in rows_of(database, models.webhook_attempts)}
-    assert len(rows_of(database, models.webhook_messages)) == 2
+    assert len(rows_of(database, models.webhook_messages)) == 1
     assert jobs(database) == {job_id}
+
+
+def test_a_message_that_tells_of_no_job_is_pruned_too(database: Database) -> None:
+    tested = add_webhook(database, ended(database, JobStatus.FAILED), at=NOW - MONTH)
+    for table in (models.webhook_deliveries, models.webhook_messages):
+        with database.write() as connection:
+            connection.execute(sa.update(table).values(job_id=None))
+    assert deliveries(database) == {tested}
+    assert prune(database, KEEP, now=NOW) == Pruned(messages=1)
+    assert deliveries(database) == set()
+    assert rows_of(database, models.webhook_messages) == []
+
+
+@pytest.mark.parametrize("status", sorted(UNDONE))
+def test_what_is_still_to_be_delivered_is_never_pruned(database: Database, status: str) -> None:
+    add_webhook(database, ended(database, JobStatus.FAILED), status, at=NOW - 99 * MONTH)
+    assert prune(database, KEEP, now=NOW) == Pruned()
+    assert count(database, KEEP, now=NOW) == Pruned()
+    assert [row["payload"] for row in rows_of(database, models.webhook_messages)] == [b"{}"]
+
+
+def test_what_is_kept_for_ever_loses_its_payload(database: Database) -> None:
+    """A look at it stays possible, another delivery does not."""
+    for_ever = Retention.from_settings(Settings(keep_webhooks_days=0))
+    job_id = ended(database, JobStatus.FAILED)
+    add_webhook(database, job_id, "dead", at=NOW - PAYLOADS_ARE_KEPT)
+    add_webhook(database, job_id, "retrying", at=NOW - PAYLOADS_ARE_KEPT)
+    add_webhook(database, job_id, at=NOW - PAYLOADS_ARE_KEPT + MICROSECOND)
+    assert prune(database, for_ever, now=NOW) == Pruned(payloads=1)
+    kept = [row["payload"] for row in rows_of(database, models.webhook_messages)]
+    assert sorted(kept, key=bool) == [None, b"{}", b"{}"]
+    assert prune(database, for_ever, now=NOW) == Pruned()
+
+
+def test_a_prune_and_a_redelivery_at_once_have_one_winner(database: Database) -> None:
+    def again(delivery_id: str) -> None:
+        with database.write() as connection:
+            redeliver(connection, Scope(TENANT), delivery_id, now=NOW)
+
+    job_id = ended(database, JobStatus.FAILED)
+    for _ in range(10):
+        delivery_id = add_webhook(database, job_id, "dead", at=NOW - MONTH)
+        calls: list[Callable[[], Any]] = [
+            lambda: prune(database, KEEP, now=NOW).messages,
+            lambda d=delivery_id: again(d),
+        ]
+        _, refused = at_once(calls)
+        assert (delivery_id in deliveries(database)) == (refused is None)
+        assert refused is None or isinstance(refused, DeliveryNotFound)
 
 
 def test_a_message_stays_for_as_long_as_one_delivery_carries_it(database: Database) -> None:
     job_id = ended(database, JobStatus.FAILED)
     old = add_webhook(database, job_id, at=NOW - MONTH)
-    second = add_webhook(database, job_id, "dead")
+    second = add_webhook(database, job_id, "dead", at=NOW - MONTH + MICROSECOND)
     with database.write() as connection:
         d = models.webhook_deliveries
         message = sa.select(d.c.message_id).where(d.c.id == old).scalar_subquery()
         connection.execute(
             sa.update(d).where(d.c.id == second).values(message_id=message, url="https://example.org/2")
         )
-    assert prune(database, KEEP, now=NOW).deliveries == 1
-    assert [row["id"] for row in rows_of(database, models.webhook_deliveries)] == [second]
-    assert len(rows_of(database, models.webhook_messages)) == 2
+    with database.write() as connection:
+        m = models.webhook_messages
+        carried = sa.select(d.c.message_id)
+        connection.execute(sa.delete(m).where(m.c.id.not_in(carried)))
+    assert prune(database, KEEP, now=NOW) == Pruned(payloads=1)
+    assert deliveries(database) == {old, second}
+    assert prune(database, KEEP, now=NOW + MICROSECOND) == Pruned(messages=1)
+    assert deliveries(database) == set()
 
 
 def test_workers_that_left_long_ago_are_pruned_once_they_hold_nothing(database: Database) -> None:
@@ -248,13 +311,13 @@ def test_an_idle_pruner_takes_no_write_lock(sqlite_url: str) -> None:
 
 @pytest.mark.parametrize(
     ("table", "index"),
-    [("jobs", "ix_jobs_ended"), ("webhook_deliveries", "ix_webhook_deliveries_delivered")],
+    [("jobs", "ix_jobs_ended"), ("webhook_messages", "ix_webhook_messages_created_at")],
 )
 def test_looking_for_what_to_prune_reads_an_index(database: Database, table: str, index: str) -> None:
     query = (
         retention._ended(JobStatus.COMPLETED, MONTH, now=NOW)
         if table == "jobs"
-        else retention._delivered(MONTH, now=NOW)
+        else retention._through(MONTH, now=NOW)
     )
     asked = query.limit(1)
     with database.read() as connection:

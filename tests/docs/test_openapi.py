@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jsonschema import Draft202012Validator
 from openapi_spec_validator import OpenAPIV32SpecValidator
 
 from laneway.api import openapi
 from laneway.api.app import create_api
+from laneway.api.event_payloads import PAYLOADS
+from laneway.domain.events import CATALOGUE, PLANNED
 from laneway.settings import Settings
 
 SNAPSHOT = Path(__file__).parents[2] / "docs" / "reference" / "openapi.json"
@@ -51,7 +54,7 @@ def test_the_committed_document_is_the_present_one(document: dict[str, Any]) -> 
 
 def test_operation_ids_are_unique_and_camel_case(document: dict[str, Any]) -> None:
     ids = [operation["operationId"] for operation in operations(document).values()]
-    assert len(ids) == len(set(ids)) == 27
+    assert len(ids) == len(set(ids)) == 43
     assert all(re.fullmatch(r"[a-z]+([A-Z][a-z]+)*", name) for name in ids)
 
 
@@ -86,3 +89,26 @@ def test_only_the_probes_want_no_key(document: dict[str, Any]) -> None:
 
 def test_fastapis_own_error_shape_is_nowhere(document: dict[str, Any]) -> None:
     assert "HTTPValidationError" not in json.dumps(document)
+
+
+# Webhooks
+
+
+def test_every_event_that_is_sent_is_in_the_document_with_its_payload(document: dict[str, Any]) -> None:
+    assert set(document["webhooks"]) == set(PAYLOADS) == set(CATALOGUE) - PLANNED
+    for event, methods in document["webhooks"].items():
+        content = methods["post"]["requestBody"]["content"]["application/json"]
+        reference = content["schema"]["properties"]["data"]["$ref"]
+        assert reference.rpartition("/")[2] in document["components"]["schemas"]
+        assert methods["post"]["description"] == CATALOGUE[event]
+
+
+@pytest.mark.parametrize("event", sorted(PAYLOADS))
+def test_the_example_of_an_event_is_what_its_schema_says(document: dict[str, Any], event: str) -> None:
+    content = document["webhooks"][event]["post"]["requestBody"]["content"]["application/json"]
+    body, schema = content["example"], content["schema"] | {"components": document["components"]}
+    Draft202012Validator(schema).validate(body)
+    broken = body | {"data": dict(list(body["data"].items())[1:])}
+    assert not Draft202012Validator(schema).is_valid(broken)
+    fields = set(PAYLOADS[event].model_fields) - {"result_truncated"}
+    assert set(body["data"]) == fields

@@ -121,7 +121,7 @@ def test_what_a_dead_courier_held_is_sent_again_under_the_same_id(office: Office
     with Receiver() as receiver:
         job_id = office.post(receiver.url())
         dead = Deliveries(office.database, owner=new_id(), lease_seconds=30)
-        [claimed], _ = dead.turn([], [], ROOM, now=office.clock.now())
+        [claimed] = dead.turn([], [], ROOM, now=office.clock.now()).claimed
         with office.open():
             other = office.post(receiver.url())
             office.wait(other, status="delivered")
@@ -137,10 +137,10 @@ def test_a_courier_that_lost_its_lease_changes_no_outcome(office: Office) -> Non
     job_id = office.post("http://127.0.0.1:9000/")
     now = office.clock.now()
     late, heir = (Deliveries(office.database, owner=new_id(), lease_seconds=30) for _ in range(2))
-    [first], _ = late.turn([], [], ROOM, now=now)
+    [first] = late.turn([], [], ROOM, now=now).claimed
     later = office.clock.advance(seconds=31)
     assert heir.reclaim(now=later) == 1
-    [second], _ = heir.turn([], [], ROOM, now=later)
+    [second] = heir.turn([], [], ROOM, now=later).claimed
     assert (first.attempt, second.attempt) == (1, 2)
     no_room = Room(0)
     delivered = Finished(first, Answer(now, Timings(1), status_code=200), Verdict(DeliveryStatus.DELIVERED))
@@ -154,7 +154,7 @@ def test_settling_twice_counts_once(office: Office) -> None:
     job_id = office.post("http://127.0.0.1:9000/")
     now = office.clock.now()
     deliveries = Deliveries(office.database, owner=new_id(), lease_seconds=30)
-    [claimed], _ = deliveries.turn([], [], ROOM, now=now)
+    [claimed] = deliveries.turn([], [], ROOM, now=now).claimed
     finished = Finished(claimed, Answer(now, Timings(1), status_code=200), Verdict(DeliveryStatus.DELIVERED))
     deliveries.turn([finished], [], ROOM, now=now)
     once = office.job(job_id), office.delivery(job_id), office.attempts(job_id)

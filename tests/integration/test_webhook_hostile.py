@@ -15,6 +15,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from laneway.db import Database
+from laneway.webhooks import dial
+from laneway.webhooks import sender as sender_module
 from laneway.webhooks.dial import AddressRefused, GuardResolver, socket_factory
 from laneway.webhooks.guard import Policy
 from laneway.webhooks.sender import MAX_RESPONSE_BYTES
@@ -137,6 +139,17 @@ def test_a_redirect_is_not_followed(office: Office, status: int) -> None:
     assert elsewhere.connections == 0
 
 
+def test_a_redirect_to_nowhere_fails_and_a_refresh_is_not_heeded(office: Office) -> None:
+    with Receiver(in_turn(302)) as receiver:
+        fails(office, receiver.url(), "redirect")
+    with Receiver() as elsewhere:
+        page = f'<meta http-equiv="refresh" content="0; url={elsewhere.url()}">'.encode()
+        refresh = {"Refresh": f"0; url={elsewhere.url()}", "Content_Type": "text/html"}
+        with Receiver(lambda exchange: exchange.answer(200, body=page, **refresh)) as receiver, office.open():
+            office.wait(office.post(receiver.url()), status="delivered")
+        assert (len(receiver.requests), elsewhere.connections) == (1, 0)
+
+
 def test_cookies_are_not_kept(office: Office) -> None:
     with Receiver(lambda exchange: exchange.answer(200, Set_Cookie="a=b")) as receiver, office.open():
         for _ in range(2):
@@ -229,6 +242,26 @@ def test_the_address_that_was_judged_is_the_address_that_is_dialled(database: Da
     assert receiver.requests[0].headers["host"] == f"{NAME}:{receiver.port}"
 
 
+@pytest.mark.parametrize(("seconds", "status"), [(4.0, "delivered"), (0.0, "dead")], ids=["kept", "new"])
+def test_after_a_name_moved_only_a_connection_that_was_judged_is_used(
+    database: Database, monkeypatch: pytest.MonkeyPatch, seconds: float, status: str
+) -> None:
+    monkeypatch.setattr(sender_module, "KEEPALIVE_SECONDS", seconds)
+    monkeypatch.setattr(sender_module, "DNS_CACHE_SECONDS", 0)
+    now: list[Any] = [answers("127.0.0.1")]
+    office = Office(database, webhook_allowed_ports=("*",))
+    with Receiver() as receiver:
+
+        def newest(*where: Any, **how: Any) -> Any:
+            return now[-1](*where, **how)
+
+        with office.open(office.courier(getaddrinfo=newest)):
+            office.wait(office.post(receiver.url(host=NAME)), status="delivered")
+            now.append(answers("10.0.0.1"))
+            office.wait(office.post(receiver.url(host=NAME)), status=status)
+        assert receiver.connections == 1
+
+
 def test_a_name_that_does_not_resolve_is_tried_again(office: Office) -> None:
     def unknown(*_: Any, **__: Any) -> Any:
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
@@ -264,6 +297,32 @@ def test_a_name_server_that_hangs_is_given_up_on() -> None:
         with pytest.raises(OSError, match="did not answer in time"):
             await resolver.resolve(NAME, 443)
         hung.set()
+        await resolver.close()
+
+    asyncio.run(scenario())
+
+
+def test_slow_names_leave_threads_to_the_others() -> None:
+    async def scenario() -> None:
+        hung, asked = threading.Event(), []
+
+        def sometimes(host: str, port: int, **how: object) -> list[Any]:
+            asked.append(host)
+            if host.startswith("slow"):
+                hung.wait()
+            return list(answers("8.8.8.8")(host, port, **how))
+
+        resolver = GuardResolver(Policy(), timeout_seconds=0.1, getaddrinfo=sometimes)
+        slow = [f"slow{number}.example.com" for number in range(dial.DNS_THREADS // 2)]
+        for _ in range(3):
+            results = await asyncio.gather(*(resolver.resolve(each) for each in slow), return_exceptions=True)
+            assert all(isinstance(result, OSError) for result in results)
+        assert len(asked) == len(slow)  # nobody asks again while so many are out
+        assert [found["host"] for found in await resolver.resolve(NAME)] == ["8.8.8.8"]
+        hung.set()
+        while not all(each.done() for each in resolver._stuck):
+            await asyncio.sleep(0.001)
+        assert len(await resolver.resolve(slow[0])) == 1
         await resolver.close()
 
     asyncio.run(scenario())
@@ -334,6 +393,26 @@ def test_over_tls_name_and_certificate_are_the_urls(database: Database, authorit
         with office.open(office.courier(getaddrinfo=answers("127.0.0.1"))):
             office.wait(job_id, status="delivered")
     assert receiver.requests[0].headers["host"] == f"{NAME}:{receiver.port}"
+
+
+def test_two_names_of_one_address_share_no_connection(database: Database, authority: Authority) -> None:
+    names = ("one.example.com", "two.example.com")
+    contexts = {name: authority.serve(name) for name in names}
+    asked: list[str] = []
+
+    def choose(connection: ssl.SSLSocket, name: str, _context: ssl.SSLContext) -> None:
+        asked.append(name)
+        connection.context = contexts[name]
+
+    contexts[names[0]].sni_callback = choose  # type: ignore[assignment]
+    office = Office(database, webhook_allowed_ports=("*",))
+    with Receiver(ok, tls=contexts[names[0]]) as receiver:
+        posted = [office.post(receiver.url(host=name, scheme="https")) for name in names]
+        with office.open(office.courier(getaddrinfo=answers("127.0.0.1"))):
+            for job_id in posted:
+                office.wait(job_id, status="delivered")
+    assert sorted(asked) == sorted(names)
+    assert receiver.connections == len(names)
 
 
 @pytest.mark.parametrize("fault", ["another name", "expired", "unknown authority"])

@@ -9,7 +9,18 @@ import pytest
 from fastapi import APIRouter
 from fastapi.routing import APIRoute
 
-from laneway.api import cancels, dead_letters, events, health, job_history, jobs, queues, webhooks, workers
+from laneway.api import (
+    cancels,
+    dead_letters,
+    deliveries,
+    events,
+    health,
+    job_history,
+    jobs,
+    queues,
+    webhooks,
+    workers,
+)
 from laneway.api.gate import Access, GatedRoute, access
 from laneway.api.jobs import as_json, wait_asked
 from laneway.api.problems import codes, of_error, problem
@@ -21,7 +32,18 @@ from laneway.limits.rules import RateClass
 ALICE = Caller("t", "alice", Role.USER)
 ROUTES = [
     route
-    for module in (health, jobs, job_history, cancels, dead_letters, events, queues, webhooks, workers)
+    for module in (
+        health,
+        jobs,
+        job_history,
+        cancels,
+        dead_letters,
+        deliveries,
+        events,
+        queues,
+        webhooks,
+        workers,
+    )
     for route in module.router.routes
     if isinstance(route, APIRoute)
 ]
@@ -60,6 +82,13 @@ CLASSES = {
     "deleteWebhookEndpoint": (RateClass.DEFAULT, Role.OPERATOR),
     "rotateWebhookEndpointSecret": (RateClass.DEFAULT, Role.OPERATOR),
     "testWebhookEndpoint": (RateClass.DEFAULT, Role.OPERATOR),
+    "listWebhookDeliveries": (RateClass.DEFAULT, Role.USER),
+    "listJobWebhooks": (RateClass.DEFAULT, Role.USER),
+    "getWebhookDelivery": (RateClass.DEFAULT, Role.USER),
+    "redeliverWebhook": (RateClass.QUEUE, Role.USER),
+    "recoverWebhookEndpoint": (RateClass.DEFAULT, Role.OPERATOR),
+    "getWebhookRecovery": (RateClass.DEFAULT, Role.OPERATOR),
+    "cancelWebhookRecovery": (RateClass.DEFAULT, Role.OPERATOR),
     "livez": (RateClass.FREE, None),
     "readyz": (RateClass.FREE, None),
 }

@@ -14,6 +14,7 @@ from laneway import __version__
 from laneway.api import (
     cancels,
     dead_letters,
+    deliveries,
     events,
     health,
     job_history,
@@ -58,7 +59,7 @@ def create_api(settings: Settings, *, leaving: Leaving | None = None) -> FastAPI
     )
     problems.install(app)
     # Routes are tried in this order, and most requests are about jobs.
-    nouns = (jobs, events, cancels, job_history, queues, workers, dead_letters, webhooks)
+    nouns = (jobs, events, cancels, job_history, queues, workers, dead_letters, webhooks, deliveries)
     for router in (*(noun.router for noun in nouns), *_mounted(settings)):
         app.include_router(router, prefix=BASE)
     app.include_router(health.router)

@@ -8,8 +8,10 @@ from typing import Any
 
 from fastapi import FastAPI
 
+from laneway.api.event_payloads import PAYLOADS, example, schemas
 from laneway.api.problems import codes
 from laneway.api.schemas import Problem
+from laneway.domain.events import CATALOGUE
 
 VERSION = "3.2.0"  # 3.1 cannot describe server-sent events
 
@@ -26,6 +28,18 @@ _HEADERS: dict[str, tuple[str, dict[str, Any]]] = {
     "Retry-After": ("Seconds after which to ask again.", _NUMBER),
     "Location": ("The job; of many, their list.", _TEXT),
     "ETag": ("The job's version.", _TEXT),
+}
+_SIGNED = {
+    "webhook-id": "The message's id: the same in every try. What has it was handled already.",
+    "webhook-timestamp": "Epoch second of this try.",
+    "webhook-signature": "Signatures with spaces between them, as Standard Webhooks say.",
+    "webhook-event": "The event.",
+    "webhook-attempt": "The number of this try, counted from 1.",
+}
+_ANSWERS = {
+    "2XX": "It arrived, and is not sent again.",
+    "410": "Nobody wants it any more: it is not sent again, and a registered endpoint is disabled.",
+    "default": "It is sent again, by the schedule or as `Retry-After` asks.",
 }
 _ON_EVERY = ("X-Request-Id",)
 _ON_LIMITED = tuple(name for name in _HEADERS if "Rate" in name)
@@ -60,6 +74,9 @@ def _complete(document: dict[str, Any]) -> None:
         name: {"description": text, "schema": schema} for name, (text, schema) in _HEADERS.items()
     }
     document["security"] = [{"key": []}]
+    document["webhooks"] = {event: {"post": _webhook(event)} for event in PAYLOADS}
+    for name, definition in schemas().items():
+        components["schemas"].setdefault(name, definition)
     for operation in _operations(document):
         limited = operation.get("security") != []
         versioned = "304" in operation["responses"]
@@ -68,6 +85,34 @@ def _complete(document: dict[str, Any]) -> None:
             if versioned and status in ("200", "304"):
                 names.append("ETag")
             response["headers"] = {name: {"$ref": f"#/components/headers/{name}"} for name in names}
+
+
+def _webhook(event: str) -> dict[str, Any]:
+    """The request that tells of `event`, in the standard format."""
+    envelope = {
+        "type": "object",
+        "required": ["type", "timestamp", "data"],
+        "properties": {
+            "type": {"const": event},
+            "timestamp": {"type": "string", "format": "date-time"},
+            "data": {"$ref": f"#/components/schemas/{PAYLOADS[event].__name__}"},
+        },
+    }
+    return {
+        "summary": event,
+        "description": CATALOGUE[event],
+        "tags": [event.partition(".")[0]],
+        "security": [],
+        "parameters": [
+            {"name": name, "in": "header", "required": True, "description": text, "schema": _TEXT}
+            for name, text in _SIGNED.items()
+        ],
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": envelope, "example": example(event)}},
+        },
+        "responses": {status: {"description": text} for status, text in _ANSWERS.items()},
+    }
 
 
 def _operations(document: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -53,7 +53,7 @@ class EndpointView(BaseModel):
     filters: EndpointFilters
     format: str
     status: str = Field(description="`enabled`, `paused` or `disabled`.")
-    disabled_reason: str | None = Field(description="`gone_410` or `failing`.")
+    disabled_reason: str | None = Field(description="`gone_410`, `failing` or `manual`.")
     sign_with: str
     timeout_seconds: float
     retry_schedule: list[float]
@@ -63,7 +63,7 @@ class EndpointView(BaseModel):
     header_names: list[str]
     has_client_certificate: bool
     has_ca_certificate: bool
-    secrets_in_grace: int
+    secrets_in_grace: int = Field(description="So many old secrets sign too.")
     created_by: str
     disabled_at: datetime | None
     enabled_at: datetime
@@ -92,7 +92,7 @@ class Rotation(BaseModel):
     grace_seconds: Annotated[int, Field(ge=0, le=MAX_GRACE_SECONDS)] = Field(
         GRACE_SECONDS, description="So long the old secrets sign too; 0 revokes them all at once."
     )
-    secret: Annotated[str, AfterValidator(parse_webhook_secret)] | None = None
+    secret: Annotated[str, AfterValidator(parse_webhook_secret)] | None = Field(None, repr=False)
 
 
 class TestSent(BaseModel):
@@ -181,7 +181,8 @@ async def create_endpoint(
 @access(RateClass.DEFAULT, Role.OPERATOR)
 async def list_endpoints(caller: CallerDep, runtime: RuntimeDep) -> Response:
     """The tenant's endpoints and how they are."""
-    found = await _call(runtime, lambda them: them.all(caller.tenant_id))
+    now = runtime.clock.now()
+    found = await _call(runtime, lambda them: them.all(caller.tenant_id, now=now))
     return as_json({"data": [_view(each) for each in found]})
 
 
@@ -194,7 +195,9 @@ async def list_endpoints(caller: CallerDep, runtime: RuntimeDep) -> Response:
 @access(RateClass.DEFAULT, Role.OPERATOR)
 async def get_endpoint(endpoint_id: UUID, caller: CallerDep, runtime: RuntimeDep) -> Response:
     """One endpoint and how it is."""
-    return as_json(_view(await _call(runtime, lambda them: them.get(caller.tenant_id, str(endpoint_id)))))
+    now = runtime.clock.now()
+    found = await _call(runtime, lambda them: them.get(caller.tenant_id, str(endpoint_id), now=now))
+    return as_json(_view(found))
 
 
 @router.patch(
@@ -207,7 +210,7 @@ async def get_endpoint(endpoint_id: UUID, caller: CallerDep, runtime: RuntimeDep
 async def change_endpoint(
     endpoint_id: UUID, wanted: EndpointChange, caller: CallerDep, runtime: RuntimeDep
 ) -> Response:
-    """Change what is given: also `status`, to pause it or to enable it again."""
+    """Change what is given: also `status`, to pause it, to disable it or to enable it again."""
     now = runtime.clock.now()
     changed = await _call(
         runtime, lambda them: them.change(caller.tenant_id, str(endpoint_id), wanted, now=now)
@@ -262,14 +265,17 @@ async def rotate_endpoint_secret(
     responses=problems(404, 409),
 )
 @access(RateClass.DEFAULT, Role.OPERATOR)
-async def test_endpoint(endpoint_id: UUID, caller: CallerDep, runtime: RuntimeDep) -> Response:
-    """Send an `endpoint.test` event. How it went: `GET /webhooks/deliveries/{delivery_id}`."""
+async def test_endpoint(
+    endpoint_id: UUID, request: Request, caller: CallerDep, runtime: RuntimeDep
+) -> Response:
+    """Send an `endpoint.test` event, once. How it went: `GET /webhooks/deliveries/{delivery_id}`."""
     now = runtime.clock.now()
     delivery_id = await _call(
         runtime, lambda them: them.test(caller.tenant_id, str(endpoint_id), by=caller.subject, now=now)
     )
     await in_thread(runtime.service.news.ring_courier)
-    return as_json({"delivery_id": delivery_id}, 202)
+    where = link_to(request, f"/api/v1/webhooks/deliveries/{delivery_id}")
+    return as_json({"delivery_id": delivery_id}, 202, {"Location": where, "Retry-After": "1"})
 
 
 async def _call(runtime: Runtime, ask: Callable[[Endpoints], T]) -> T:

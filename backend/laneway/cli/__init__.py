@@ -33,7 +33,7 @@ def build() -> typer.Typer:
     """All commands."""
     import typer
 
-    from laneway.cli import demo, dev, dlq, docs, doctor, jobs, processes, store
+    from laneway.cli import demo, dev, dlq, docs, doctor, jobs, processes, store, webhooks
 
     app = typer.Typer(
         help="Background jobs over HTTP, in priority lanes, with signed webhooks.",
@@ -52,6 +52,6 @@ def build() -> typer.Typer:
     app.command("doctor", rich_help_panel="Operate")(doctor.doctor)
     app.command("migrate", hidden=True)(store.upgrade)  # what docker-compose.yml runs
     app.command("docs", hidden=True)(docs.docs)  # what `make docs` runs
-    for name, group in (("db", store.db), ("keys", store.keys), ("webhooks", store.webhooks)):
+    for name, group in (("db", store.db), ("keys", store.keys), ("webhooks", webhooks.webhooks)):
         app.add_typer(group, name=name, rich_help_panel="Operate")
     return app

@@ -7,6 +7,7 @@ test compares the pages in `docs/reference` with what is made here.
 from __future__ import annotations
 
 import inspect
+import json
 import re
 from collections.abc import Callable, Iterable
 from importlib import import_module
@@ -182,29 +183,37 @@ def _member_comments(kind: type) -> dict[str, str]:
 
 
 def _events() -> Iterable[str]:
-    from laneway import models
-    from laneway.domain.events import DEFAULT_WEBHOOK_EVENTS, EVENT_OF
+    from laneway.api.event_payloads import PAYLOADS, example
+    from laneway.domain.events import CATALOGUE, DEFAULT_WEBHOOK_EVENTS, PLANNED, EventType
     from laneway.domain.states import JobStatus
-    from laneway.engine.telling import webhook_data
-    from laneway.webhooks.messages import MAX_PAYLOAD_BYTES
+    from laneway.webhooks.messages import MAX_PAYLOAD_BYTES, PROGRESS_TTL
 
     yield "# Events"
     yield "## Webhooks"
     yield (
-        "What a job's `webhook_url` may hear. `webhook_events` picks some of them; without it all are sent: "
-        f"{codes(DEFAULT_WEBHOOK_EVENTS)}."
+        "A job's `webhook_url` may hear the events of jobs: `webhook_events` picks some of them. A "
+        "registered endpoint may hear all of these, by name or by glob: `job.*`, `*`. Either hears every end "
+        f"of a job unless it says otherwise: {codes(DEFAULT_WEBHOOK_EVENTS)}."
     )
+    payloads = {
+        event: f"[{model.__name__}](http.md#{model.__name__.lower()})" for event, model in PAYLOADS.items()
+    }
     yield table(
-        ("event", "sent when the job"),
-        ((code(EVENT_OF[s]), f"became `{s}`") for s in JobStatus if s in EVENT_OF),
+        ("event", "sent when", "`data`"),
+        ((code(event), text, payloads[event]) for event, text in CATALOGUE.items() if event in payloads),
+    )
+    yield f"Endpoints may already subscribe to what is not sent yet: {codes(sorted(PLANNED))}."
+    yield (
+        "Progress is told once a second a job at most, and no more once it was overtaken: by newer progress, "
+        f"by the job's end, or by {PROGRESS_TTL.seconds} seconds."
     )
     yield (
         "The body is JSON: `type` (the event), `timestamp` (RFC 3339, UTC) and `data`. "
-        f"Past {MAX_PAYLOAD_BYTES} bytes `data.result` is null and `data.result_truncated` is true."
+        f"Past {MAX_PAYLOAD_BYTES} bytes `data.result` is null and `data.result_truncated` is true. "
+        "`laneway`'s OpenAPI document has each event, with an example, under `webhooks`."
     )
-    row: Any = dict.fromkeys(models.jobs.c.keys()) | {"status": JobStatus.COMPLETED}
-    yield f"`data` holds: {codes(sorted(webhook_data(row)))}."
-    yield "What they mean: [JobView](http.md#jobview); `job_id` is the job's `id`, tracebacks are left out."
+    body = json.dumps(example(EventType.JOB_COMPLETED), indent=2, ensure_ascii=False)
+    yield f"```json\n{body}\n```"
     yield (
         "The request is signed as [Standard Webhooks](https://www.standardwebhooks.com) say, in the headers "
         "`webhook-id`, `webhook-timestamp` and `webhook-signature`; see "
@@ -280,12 +289,23 @@ _LIMITS: tuple[tuple[str, str, str], ...] = (
     ("webhooks.guard", "MAX_URL_CHARACTERS", "characters of a webhook URL"),
     ("webhooks.guard", "MAX_HOST_CHARACTERS", "characters of its host"),
     ("webhooks.messages", "MAX_PAYLOAD_BYTES", "bytes of a webhook's body; past it the result is left out"),
-    ("webhooks.retries", "MAX_ATTEMPTS", "attempts of one delivery"),
+    ("webhooks.endpoints", "MAX_ENDPOINTS", "webhook endpoints of a tenant"),
+    ("webhooks.endpoints", "MAX_EVENT_TYPES", "events and globs of one of them"),
+    ("webhooks.endpoints", "MAX_FILTER_VALUES", "names in each of its filters"),
+    ("webhooks.endpoints", "MAX_HEADERS", "headers of its own"),
+    ("webhooks.endpoints", "MAX_HEADER_VALUE", "characters of such a header"),
+    ("webhooks.endpoints", "MAX_RETRIES", "retries in its schedule"),
+    ("webhooks.endpoints", "MAX_PAUSE_SECONDS", "longest wait in its schedule, in seconds"),
+    ("webhooks.endpoints", "MAX_IN_FLIGHT", "largest `max_in_flight`"),
+    ("webhooks.secrets", "MAX_SECRETS", "secrets that sign at the same time"),
+    ("webhooks.secrets", "MAX_GRACE_SECONDS", "longest grace of an old secret, in seconds"),
+    ("webhooks.retries", "MAX_UNCHARGED", "attempts of a delivery that a Retry-After makes free"),
     ("webhooks.retries", "MAX_RETRY_AFTER_SECONDS", "longest `Retry-After` honoured, in seconds"),
     ("webhooks.sender", "MAX_RESPONSE_BYTES", "bytes read of a receiver's answer"),
-    ("webhooks.sender", "MAX_CONNECTIONS", "connections of one courier"),
-    ("webhooks.courier", "MAX_IN_FLIGHT", "attempts one courier has in flight"),
-    ("webhooks.courier", "MAX_IN_FLIGHT_PER_ORIGIN", "of them to one scheme, host and port"),
+    ("webhooks.pace", "MAX_IN_FLIGHT", "attempts one courier has in flight"),
+    ("webhooks.pace", "MAX_PER_TARGET", "of them to one receiver, unless its endpoint says otherwise"),
+    ("webhooks.pace", "MAX_PER_TENANT", "of them for one tenant"),
+    ("webhooks.pace", "MAX_PER_ORIGIN", "of them to one scheme, host and port"),
     ("webhooks.signing", "TOLERANCE_SECONDS", "seconds a signature's age may differ from now"),
 )
 

@@ -33,14 +33,20 @@ def read_settings(**overrides: Any) -> Settings:
 
 
 def start_process(settings: Settings) -> None:
-    """Send the logs of a long-running process where the settings say; warn of variables that set nothing."""
+    """Send the logs of a long-running process where the settings say; warn of variables that set nothing.
+
+    Raises Unprocessable for a file of notifications that cannot be used.
+    """
     from laneway import log
+    from laneway.notify import rules
     from laneway.settings import unknown_variables
 
     json_lines = None if settings.log_format == "auto" else settings.log_format == "json"
     log.configure(json_lines=json_lines, level=settings.log_level)
     for name, nearest in unknown_variables(os.environ):
         log.get_logger("cli").warning("unknown_variable", variable=name, nearest=nearest)
+    if settings.notifications is not None:
+        rules.load(settings.notifications)
 
 
 def api_url(settings: Settings) -> str:

@@ -1,17 +1,23 @@
-"""The receiver that `laneway demo` gives its jobs as `webhook_url`: on loopback, checking every signature."""
+"""Receivers of webhooks on this machine, checking every signature.
+
+One is what `laneway demo` gives its jobs as `webhook_url`; `laneway webhooks listen` is another.
+"""
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
 
+from laneway.cli.environment import listen
 from laneway.errors import WebhookNotVerified
 from laneway.webhooks.signing import ID_HEADER, verify_webhook
 
 MAX_BODY_BYTES = 1024 * 1024
+IDLE_SECONDS = 60.0
 
 Verify = Callable[[bytes, dict[str, str]], Any]
 
@@ -62,34 +68,46 @@ class Deliveries:
             return True
 
 
-class Receiver:
-    """Listens on 127.0.0.1 between `with` and its end. Answers 204, or 401 to what does not verify."""
+class Listener:
+    """Hands over what is POSTed between `with` and its end. Answers 204, or 401 where `take` says False.
 
-    def __init__(self, secret: str) -> None:
-        reference = reference_verifier(secret)
-        ours: Verify = lambda body, headers: verify_webhook(body, headers, secret)  # noqa: E731
-        self.by_reference = reference is not None
-        self.deliveries = deliveries = Deliveries((ours,) if reference is None else (ours, reference))
+    Header names come in lower case. A body past 1 MiB, or without a length, is answered 413 or 411.
+    """
 
+    def __init__(self, take: Callable[[bytes, dict[str, str]], bool], listener: socket.socket) -> None:
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            timeout = IDLE_SECONDS
 
             def do_POST(self) -> None:
-                size = int(self.headers.get("Content-Length", 0))
-                body = self.rfile.read(min(size, MAX_BODY_BYTES))
-                headers = {name.lower(): value for name, value in self.headers.items()}
-                self.send_response(204 if deliveries.take(body, headers) else 401)
+                size = self.headers.get("Content-Length", "")
+                if not (size.isascii() and size.isdigit()):
+                    self._answer(411)
+                elif int(size) > MAX_BODY_BYTES:
+                    self._answer(413)
+                else:
+                    body = self.rfile.read(int(size))
+                    headers = {name.lower(): value for name, value in self.headers.items()}
+                    self._answer(204 if take(body, headers) else 401)
+
+            def _answer(self, status: int) -> None:
+                self.close_connection = self.close_connection or status in (411, 413)  # the body is unread
+                self.send_response(status)
                 self.send_header("Content-Length", "0")
                 self.end_headers()
 
             def log_message(self, *_: Any) -> None:
                 pass
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server = ThreadingHTTPServer(("", 0), Handler, bind_and_activate=False)
+        self._server.socket.close()
+        self._server.socket = listener
         self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}/summaries"
+        host, port = listener.getsockname()[:2]
+        self.origin = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     def __enter__(self) -> Self:
+        self._server.server_activate()
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
         self._thread.start()
         return self
@@ -98,3 +116,15 @@ class Receiver:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+
+
+class Receiver(Listener):
+    """Counts what comes to `url`, on 127.0.0.1."""
+
+    def __init__(self, secret: str) -> None:
+        reference = reference_verifier(secret)
+        ours: Verify = lambda body, headers: verify_webhook(body, headers, secret)  # noqa: E731
+        self.by_reference = reference is not None
+        self.deliveries = Deliveries((ours,) if reference is None else (ours, reference))
+        super().__init__(self.deliveries.take, listen("127.0.0.1", 0))
+        self.url = f"{self.origin}/summaries"

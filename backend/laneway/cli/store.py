@@ -1,4 +1,4 @@
-"""The commands that work on the store itself: schema, API keys, webhook secrets."""
+"""The commands that work on the store itself: schema, API keys."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from laneway.cli.environment import read_settings
-from laneway.errors import Conflict, LanewayError, NotFound, StorageUnavailable, Unprocessable
+from laneway.errors import Conflict, LanewayError, StorageUnavailable, Unprocessable
 
 if TYPE_CHECKING:
     from laneway.db import Database
@@ -21,7 +21,6 @@ STORES = ("sqlite", "postgresql")
 
 db = typer.Typer(help="The schema of the store.", no_args_is_help=True)
 keys = typer.Typer(help="API keys.", no_args_is_help=True)
-webhooks = typer.Typer(help="What receivers of webhooks need.", no_args_is_help=True)
 
 
 class NotMigrated(Conflict):
@@ -133,7 +132,7 @@ def prune(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count what would be deleted.")] = False,
 ) -> None:
-    """Delete old ended jobs, delivered webhooks and workers that left, as the scheduler does all the time.
+    """Delete old ended jobs, old webhooks and workers that left, as the scheduler does all the time.
 
     Safe beside everything that runs. Dead letters go by LANEWAY_KEEP_FAILED_DAYS or `laneway dlq purge`.
     """
@@ -155,7 +154,7 @@ def prune(
             while done[-1].more:
                 done.append(retention.prune(database, keep, now=now))
     jobs, webhooks, workers = (
-        sum(getattr(batch, kind) for batch in done) for kind in ("jobs", "deliveries", "workers")
+        sum(getattr(batch, kind) for batch in done) for kind in ("jobs", "messages", "workers")
     )
     print(
         f"{'would delete' if dry_run else 'deleted'} {jobs} jobs, {webhooks} webhooks of jobs that are kept, "
@@ -181,26 +180,3 @@ def create(
         key = create_key(database, tenant_id=tenant_id, role=Role(role), subject=subject)
     print(f"{role} key of tenant {tenant}; it is not shown again:", file=sys.stderr)
     print(key)
-
-
-@webhooks.command()
-def secret(tenant: Annotated[str, typer.Option(help="Its name.")] = "default") -> None:
-    """Print what a tenant's webhooks are signed with, for receivers to verify: whsec_…"""
-    import sqlalchemy as sa
-
-    from laneway.engine.callers import webhook_secret
-    from laneway.models import tenants
-
-    settings = read_settings()
-    with migrated_store(settings) as database:
-        with database.read() as connection:
-            tenant_id = connection.execute(
-                sa.select(tenants.c.id).where(tenants.c.name == tenant)
-            ).scalar_one_or_none()
-        if tenant_id is None:
-            raise NotFound(f"there is no tenant {tenant!r}; `laneway keys create --tenant` makes one")
-        try:
-            text = webhook_secret(database, secret_box(settings), tenant_id)
-        except ValueError as error:
-            raise LanewayError(f"the secret of tenant {tenant!r} does not open: {error}") from None
-    print(text)

@@ -31,6 +31,8 @@ class SystemEvent(StrEnum):
     CHAIN_FAILED = "chain.failed"
     SCHEDULE_MISSED = "schedule.missed"
     SCHEDULE_FAILING = "schedule.failing"
+    JOB_TYPE_FAILING = "job_type.failing"
+    JOB_TYPE_RECOVERED = "job_type.recovered"
     ENDPOINT_FAILING = "endpoint.failing"
     ENDPOINT_DISABLED = "endpoint.disabled"
     ENDPOINT_RECOVERED = "endpoint.recovered"
@@ -70,12 +72,25 @@ CATALOGUE: dict[str, str] = {
     SystemEvent.CHAIN_FAILED: "A chain's run ended with a step that did not complete.",
     SystemEvent.SCHEDULE_MISSED: "A schedule's run was not started, for the stated reason.",
     SystemEvent.SCHEDULE_FAILING: "A schedule's runs keep failing.",
+    SystemEvent.JOB_TYPE_FAILING: "Too many of a job type's jobs failed, by the operator's failure rates.",
+    SystemEvent.JOB_TYPE_RECOVERED: "A job type that was failing fails no more than it may.",
     SystemEvent.ENDPOINT_FAILING: "An endpoint has been failing for 50, 70 or 90 % of what disables it.",
     SystemEvent.ENDPOINT_DISABLED: "An endpoint was disabled, for the stated reason.",
     SystemEvent.ENDPOINT_RECOVERED: "A failing endpoint answered well again.",
     SystemEvent.ENDPOINT_TEST: "Somebody asked for a test event.",
 }
 """Every event and when it is sent: the reference page and OpenAPI's `webhooks` come from here."""
+
+PLANNED: frozenset[SystemEvent] = frozenset(
+    {
+        SystemEvent.BATCH_COMPLETED,
+        SystemEvent.CHAIN_COMPLETED,
+        SystemEvent.CHAIN_FAILED,
+        SystemEvent.SCHEDULE_MISSED,
+        SystemEvent.SCHEDULE_FAILING,
+    }
+)
+"""Names that endpoints may subscribe to ahead of time: nothing sends these events yet."""
 
 _GLOB = re.compile(r"[a-z_]+\.\*|\*")
 

@@ -1,4 +1,4 @@
-"""What is thrown away, and when: ended jobs, delivered webhooks, workers that left long ago.
+"""What is thrown away, and when: ended jobs, webhooks that are through, workers that left long ago.
 
 Any number of processes may prune at once. A batch is one transaction that locks what it deletes, so a job
 that somebody retries at the same moment either waits again or is gone, never half of it. A job is kept for
@@ -22,6 +22,7 @@ from laneway.webhooks.retries import UNDONE
 
 BATCH_ROWS = 500
 WORKERS_ARE_KEPT = timedelta(days=7)
+PAYLOADS_ARE_KEPT = timedelta(days=30)  # then a webhook can be looked at, and no more be sent again
 
 j = models.jobs.c
 w = models.workers.c
@@ -66,13 +67,14 @@ class Pruned:
     """How many rows were deleted, or would be; `more`: another batch may find some too."""
 
     jobs: int = 0
-    deliveries: int = 0
+    messages: int = 0  # of webhooks, each with its deliveries
     workers: int = 0
+    payloads: int = 0  # emptied, of messages that stay
     more: bool = False
 
     @property
     def rows(self) -> int:
-        return self.jobs + self.deliveries + self.workers
+        return self.jobs + self.messages + self.workers + self.payloads
 
 
 def delete_jobs(connection: sa.Connection, ids: Sequence[str]) -> list[str]:
@@ -87,16 +89,17 @@ def delete_jobs(connection: sa.Connection, ids: Sequence[str]) -> list[str]:
     waiting = sa.select(d.job_id).where(d.job_id.in_(locked), d.status.in_(UNDONE))
     gone = sorted(set(locked).difference(connection.execute(waiting).scalars()))
     if gone:
-        _delete_deliveries(connection, sa.select(d.id).where(d.job_id.in_(gone)))
-        for table in (models.webhook_messages, models.job_events):
-            connection.execute(sa.delete(table).where(table.c.job_id.in_(gone)))
+        told = sa.select(m.id).where(m.job_id.in_(gone)).order_by(m.id)
+        _delete_messages(connection, connection.execute(told.with_for_update()).scalars().all())
+        e = models.job_events
+        connection.execute(sa.delete(e).where(e.c.job_id.in_(gone)))
         connection.execute(sa.delete(models.jobs).where(j.id.in_(gone)))
     return gone
 
 
 def prune(database: Database, keep: Retention, *, now: datetime) -> Pruned:
     """Delete one batch of each kind of rows that are past their time; each batch is one transaction."""
-    jobs = deliveries = workers = 0
+    jobs = messages = workers = payloads = 0
     if _any(database, [_ended(status, age, now=now) for status, age in keep.jobs.items()]):
         with database.write() as connection:
             due: list[str] = []
@@ -105,30 +108,43 @@ def prune(database: Database, keep: Retention, *, now: datetime) -> Pruned:
                 some = oldest.limit(BATCH_ROWS - len(due)).with_for_update(of=models.jobs, skip_locked=True)
                 due += connection.execute(some).scalars()
             jobs = len(delete_jobs(connection, due))
-    if keep.webhooks is not None and _any(database, [_delivered(keep.webhooks, now=now)]):
+    if keep.webhooks is not None and _any(database, [_through(keep.webhooks, now=now)]):
         with database.write() as connection:
-            oldest = _delivered(keep.webhooks, now=now).order_by(d.delivered_at)
-            some = oldest.limit(BATCH_ROWS).with_for_update(skip_locked=True)
-            deliveries = _delete_webhooks(connection, connection.execute(some).scalars().all())
+            some = (
+                _through(keep.webhooks, now=now)
+                .limit(BATCH_ROWS)
+                .with_for_update(of=models.webhook_messages, skip_locked=True)
+            )
+            messages = _delete_messages(connection, connection.execute(some).scalars().all())
+    if messages < BATCH_ROWS and _any(database, [_readable(now=now)]):  # nothing that is to go as a whole
+        with database.write() as connection:
+            some = (
+                _readable(now=now)
+                .limit(BATCH_ROWS)
+                .with_for_update(of=models.webhook_messages, skip_locked=True)
+            )
+            idle = _idle(connection, connection.execute(some).scalars().all())
+            emptied = sa.update(models.webhook_messages).where(m.id.in_(idle))
+            payloads = connection.execute(emptied.values(payload=None, version=m.version + 1)).rowcount
     if _any(database, [_left(now=now)]):
         with database.write() as connection:
             some = _left(now=now).limit(BATCH_ROWS).with_for_update(of=models.workers, skip_locked=True)
             ids = connection.execute(some).scalars().all()
             workers = connection.execute(sa.delete(models.workers).where(w.id.in_(ids))).rowcount
-    return Pruned(jobs, deliveries, workers, more=BATCH_ROWS in (jobs, deliveries, workers))
+    return Pruned(jobs, messages, workers, payloads, more=BATCH_ROWS in (jobs, messages, workers, payloads))
 
 
 def count(database: Database, keep: Retention, *, now: datetime) -> Pruned:
     """What `prune` would delete if it were called until nothing is left. Reads all of it."""
     jobs = [_ended(status, age, now=now) for status, age in keep.jobs.items()]
-    deliveries = [] if keep.webhooks is None else [_delivered(keep.webhooks, now=now)]
+    messages = [] if keep.webhooks is None else [_through(keep.webhooks, now=now)]
 
     def rows(queries: Sequence[_Ids]) -> int:
         counts = [sa.select(sa.func.count()).select_from(query.subquery()) for query in queries]
         return sum(connection.execute(each).scalar_one() for each in counts)
 
     with database.read() as connection:
-        return Pruned(rows(jobs), rows(deliveries), rows([_left(now=now)]))
+        return Pruned(rows(jobs), rows(messages), rows([_left(now=now)]))
 
 
 def _any(database: Database, queries: Sequence[_Ids]) -> bool:
@@ -142,8 +158,18 @@ def _ended(status: JobStatus, age: timedelta, *, now: datetime) -> _Ids:
     return sa.select(j.id).where(j.status == status, j.finished_at <= now - age, told)
 
 
-def _delivered(age: timedelta, *, now: datetime) -> _Ids:
-    return sa.select(d.id).where(d.delivered_at <= now - age)
+def _through(age: timedelta, *, now: datetime) -> _Ids:
+    """Messages that are old enough, and that no delivery carries or has carried since."""
+    of_message = sa.and_(d.message_id == m.id, sa.or_(d.status.in_(UNDONE), d.updated_at > now - age))
+    old = sa.select(m.id).where(m.created_at <= now - age, ~sa.exists().where(of_message))
+    return old.order_by(m.created_at)  # also where any would do: so the index on it is what is walked
+
+
+def _readable(*, now: datetime) -> _Ids:
+    """Messages that stay for longer than what they say."""
+    undone = sa.exists().where(d.message_id == m.id, d.status.in_(UNDONE))
+    old = sa.select(m.id).where(m.created_at <= now - PAYLOADS_ARE_KEPT, m.payload.is_not(None), ~undone)
+    return old.order_by(m.created_at)
 
 
 def _left(*, now: datetime) -> _Ids:
@@ -151,16 +177,20 @@ def _left(*, now: datetime) -> _Ids:
     return sa.select(w.id).where(w.state.in_(("gone", "dead")), w.beat_at <= now - WORKERS_ARE_KEPT, ~holds)
 
 
-def _delete_webhooks(connection: sa.Connection, delivery_ids: Sequence[str]) -> int:
-    """Delete deliveries, and the messages that no other delivery carries."""
-    carried = sa.select(d.message_id).where(d.id.in_(delivery_ids)).distinct()
-    messages = connection.execute(carried).scalars().all()
-    deleted = _delete_deliveries(connection, sa.select(d.id).where(d.id.in_(delivery_ids)))
-    others = sa.exists().where(d.message_id == m.id)
-    connection.execute(sa.delete(models.webhook_messages).where(m.id.in_(messages), ~others))
-    return deleted
+def _delete_messages(connection: sa.Connection, ids: Sequence[str]) -> int:
+    """Delete those of the messages, locked already, of which no delivery is under way; with all of theirs.
+
+    Whoever deletes locks messages, then deliveries, then attempts: so two never wait for each other.
+    """
+    idle = _idle(connection, ids)
+    theirs = sa.select(d.id).where(d.message_id.in_(idle))
+    connection.execute(sa.delete(models.webhook_attempts).where(a.delivery_id.in_(theirs)))
+    connection.execute(sa.delete(models.webhook_deliveries).where(d.message_id.in_(idle)))
+    return connection.execute(sa.delete(models.webhook_messages).where(m.id.in_(idle))).rowcount
 
 
-def _delete_deliveries(connection: sa.Connection, ids: _Ids) -> int:
-    connection.execute(sa.delete(models.webhook_attempts).where(a.delivery_id.in_(ids)))
-    return connection.execute(sa.delete(models.webhook_deliveries).where(d.id.in_(ids))).rowcount
+def _idle(connection: sa.Connection, ids: Sequence[str]) -> list[str]:
+    """Those of the messages without a delivery under way; their deliveries are locked from here on."""
+    deliveries = sa.select(d.message_id, d.status).where(d.message_id.in_(ids)).order_by(d.id)
+    locked = connection.execute(deliveries.with_for_update()).all()
+    return sorted(set(ids) - {row.message_id for row in locked if row.status in UNDONE})

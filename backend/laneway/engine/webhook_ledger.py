@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
 import sqlalchemy as sa
 
-from laneway.engine.queries import Scope, stamp
-from laneway.errors import Conflict, DeliveryNotFound
+from laneway.clock import first_id
+from laneway.engine.queries import ID_SLACK_SECONDS, Scope, find_job, stamp
+from laneway.errors import Conflict, DeliveryNotFound, JobNotFound
 from laneway.models import webhook_attempts, webhook_endpoints, webhook_messages
 from laneway.models import webhook_deliveries as deliveries
 from laneway.webhooks.messages import GIVE_UP_AFTER
-from laneway.webhooks.retries import DeliveryStatus
+from laneway.webhooks.retries import UNDONE, DeliveryStatus
 
 MAX_ATTEMPTS_SHOWN = 100
 
@@ -23,13 +24,7 @@ m = webhook_messages.c
 a = webhook_attempts.c
 e = webhook_endpoints.c
 
-_ENDED = (
-    DeliveryStatus.DELIVERED,
-    DeliveryStatus.DEAD,
-    DeliveryStatus.CANCELLED,
-    DeliveryStatus.SUPERSEDED,
-    DeliveryStatus.SKIPPED,
-)
+ENDED = tuple(sorted(frozenset(DeliveryStatus) - UNDONE))
 _DELIVERY = (
     "id",
     "message_id",
@@ -68,7 +63,7 @@ _ATTEMPT = (
 class DeliveryFilter:
     """Which deliveries; None means any. Moments are exclusive."""
 
-    status: DeliveryStatus | None = None
+    statuses: tuple[DeliveryStatus, ...] = ()
     event_type: str | None = None
     endpoint_id: str | None = None
     job_id: str | None = None
@@ -77,8 +72,9 @@ class DeliveryFilter:
 
     def clauses(self) -> list[sa.ColumnElement[bool]]:
         wanted: list[sa.ColumnElement[bool]] = []
+        if self.statuses:
+            wanted.append(d.status.in_(self.statuses))
         for column, value in (
-            (d.status, self.status),
             (m.event_type, self.event_type),
             (d.endpoint_id, self.endpoint_id),
             (d.job_id, self.job_id),
@@ -86,9 +82,15 @@ class DeliveryFilter:
             if value is not None:
                 wanted.append(column == str(value))
         if self.created_after is not None:
-            wanted.append(d.created_at > self.created_after)
+            wanted += [
+                d.created_at > self.created_after,
+                d.id > first_id(self.created_after, seconds=-ID_SLACK_SECONDS),
+            ]
         if self.created_before is not None:
-            wanted.append(d.created_at < self.created_before)
+            wanted += [
+                d.created_at < self.created_before,
+                d.id < first_id(self.created_before, seconds=ID_SLACK_SECONDS),
+            ]
         return wanted
 
 
@@ -101,6 +103,15 @@ def page(
         query = query.where(d.id < before)
     rows = [_view(row) for row in connection.execute(query).mappings()]
     return rows[:limit], len(rows) > limit
+
+
+def page_of_job(
+    connection: sa.Connection, scope: Scope, job_id: str, *, limit: int, before: str | None
+) -> tuple[list[dict[str, Any]], bool]:
+    """A page of the deliveries that tell of one job. Raises JobNotFound."""
+    if find_job(connection, job_id, scope) is None:
+        raise JobNotFound(f"there is no job {job_id}", job_id=job_id)
+    return page(connection, scope, DeliveryFilter(job_id=job_id), limit=limit, before=before)
 
 
 def get(connection: sa.Connection, scope: Scope, delivery_id: str) -> dict[str, Any]:
@@ -120,53 +131,56 @@ def get(connection: sa.Connection, scope: Scope, delivery_id: str) -> dict[str, 
 def redeliver(connection: sa.Connection, scope: Scope, delivery_id: str, *, now: datetime) -> dict[str, Any]:
     """Send it again, from the first byte to the last as it was, with its whole schedule before it.
 
-    Raises DeliveryNotFound; Conflict while it is on its way, when its endpoint is disabled or gone, and
-    once its payload was pruned.
+    What goes to an endpoint goes to the URL that it has now. Raises DeliveryNotFound; Conflict while it is
+    on its way, when its endpoint is disabled or gone, and once its payload was pruned.
     """
     row = _find(connection, scope, delivery_id, lock=True)
-    if row["status"] not in _ENDED:
-        raise Conflict(f"the delivery is {row['status']} already", current_status=row["status"])
+    if row["status"] not in ENDED:
+        raise Conflict(
+            f"the delivery is on its way already: it is {row['status']}", current_status=row["status"]
+        )
     if row["payload"] is None:
         raise Conflict("what it said was pruned: nothing is left to send", current_status=row["status"])
+    url = row["url"]
     if row["endpoint_id"] is not None:
-        status = connection.execute(sa.select(e.status).where(e.id == row["endpoint_id"])).scalar()
-        if status in (None, "disabled"):
-            said = "deleted" if status is None else "disabled; enable it first"
+        endpoint = connection.execute(sa.select(e.status, e.url).where(e.id == row["endpoint_id"])).first()
+        if endpoint is None or endpoint.status == "disabled":
+            said = "deleted" if endpoint is None else "disabled; enable it first"
             raise Conflict(f"its endpoint is {said}", current_status=row["status"])
-    send_again(connection, [row], trigger="manual", now=now)
+        url = endpoint.url
+    send_again(connection, row, trigger="manual", url=url, due=now, now=now)
     return get(connection, scope, delivery_id)
 
 
 def send_again(
     connection: sa.Connection,
-    rows: Sequence[Mapping[Any, Any]],
+    row: Mapping[Any, Any],
     *,
     trigger: str,
+    url: str,
+    due: datetime,
     now: datetime,
-    per_second: float | None = None,
     priority: int = 0,
-) -> int:
-    """Put ended deliveries back; how many. With `per_second` they fall due one after the other."""
-    changed = 0
-    for place, row in enumerate(rows):
-        schedule = row["retry_schedule"]
-        due = now if per_second is None else now + timedelta(seconds=place / per_second)
-        changed += connection.execute(
-            sa.update(deliveries)
-            .where(d.id == row["id"], d.status.in_(_ENDED))
-            .values(
-                status=DeliveryStatus.PENDING.value,
-                trigger=trigger,
-                priority=priority,
-                max_attempts=d.attempt_count + len(schedule) + 1,
-                next_at=due,
-                give_up_at=due + timedelta(seconds=sum(schedule)) + GIVE_UP_AFTER,
-                delivered_at=None,
-                version=d.version + 1,
-                updated_at=now,
-            )
-        ).rowcount
-    return changed
+) -> bool:
+    """Put an ended delivery back, to be sent at `due`; False when somebody else just did."""
+    schedule = row["retry_schedule"]
+    changed = connection.execute(
+        sa.update(deliveries)
+        .where(d.id == row["id"], d.status.in_(ENDED))
+        .values(
+            status=DeliveryStatus.PENDING.value,
+            trigger=trigger,
+            priority=priority,
+            url=url,
+            max_attempts=d.attempt_count + len(schedule) + 1,
+            next_at=due,
+            give_up_at=due + timedelta(seconds=sum(schedule)) + GIVE_UP_AFTER,
+            delivered_at=None,
+            version=d.version + 1,
+            updated_at=now,
+        )
+    )
+    return bool(changed.rowcount)
 
 
 def _find(connection: sa.Connection, scope: Scope, delivery_id: str, *, lock: bool = False) -> sa.RowMapping:

@@ -10,7 +10,8 @@ import sqlalchemy as sa
 
 from laneway.clock import Clock
 from laneway.db import Database
-from laneway.engine import upkeep
+from laneway.engine import recoveries, upkeep
+from laneway.engine.failure_rates import FailureRates
 from laneway.engine.reaper import Reaper
 from laneway.engine.retention import Retention, prune
 from laneway.lanes.backend import LaneBackend, LanesUnavailable
@@ -19,12 +20,14 @@ from laneway.settings import Settings
 
 PRUNE_SECONDS = 0.25  # of one round: a due job waits no longer for the deletion of old ones
 PRUNE_REST_SECONDS = 60.0
+WATCH_SECONDS = 15.0
+RECOVER_SECONDS = 0.25  # of one round, likewise
 
 log = get_logger("scheduler")
 
 
 class Ticker:
-    """Promotes, expires, reaps, reconciles and prunes until it is stopped."""
+    """Promotes, expires, reaps, reconciles, recovers, prunes and watches until it is stopped."""
 
     def __init__(self, database: Database, lanes: LaneBackend, settings: Settings, *, clock: Clock) -> None:
         self._database = database
@@ -35,7 +38,8 @@ class Ticker:
             database, clock, lease_seconds=settings.lease_seconds, crash_limit=settings.crash_limit
         )
         self._retention = Retention.from_settings(settings)
-        self._prune_at = clock.monotonic()
+        self._failure_rates = FailureRates(database)
+        self._watch_at = self._prune_at = clock.monotonic()
 
     def run(self, stopping: threading.Event) -> None:
         """Run a round every `tick_seconds`, and promote in between as soon as a job falls due."""
@@ -60,7 +64,9 @@ class Ticker:
                 self._sweep("expire", lambda: upkeep.expire(self._database, now=self._clock.now())),
                 self._sweep("reap", lambda: self._ring(self._reaper.sweep())),
                 self._sweep("reconcile", self._reconcile),
+                self._sweep("recoveries", self._recover),
                 self._sweep("prune", self._prune),
+                self._sweep("watch", self._watch),
             ]
         )
 
@@ -71,6 +77,15 @@ class Ticker:
     def _reconcile(self) -> int:
         window = self._settings.lane_window
         return upkeep.reconcile(self._database, self._lanes, window=window, now=self._clock.now())
+
+    def _recover(self) -> int:
+        """Deliveries queued. Batches follow each other for RECOVER_SECONDS."""
+        began = self._clock.monotonic()
+        queued, more = 0, True
+        while more and self._clock.monotonic() - began < RECOVER_SECONDS:
+            count, more = recoveries.sweep(self._database, now=self._clock.now())
+            queued += count
+        return queued
 
     def _prune(self) -> int:
         """Rows deleted. Batches follow each other for PRUNE_SECONDS; when none is left, a rest follows."""
@@ -85,6 +100,13 @@ class Ticker:
             elif now - began >= PRUNE_SECONDS:
                 break
         return rows
+
+    def _watch(self) -> int:
+        """Notifications written about job types that fail too often, or no longer."""
+        if self._clock.monotonic() < self._watch_at:
+            return 0
+        self._watch_at = self._clock.monotonic() + WATCH_SECONDS
+        return self._failure_rates.watch(now=self._clock.now())
 
     def _ring(self, items: Sequence[tuple[str, str]]) -> int:
         return self._lanes.push(items) if items else 0

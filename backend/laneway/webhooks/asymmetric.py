@@ -10,6 +10,8 @@ import binascii
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from laneway.webhooks.signing import signed_bytes
+
 PRIVATE_PREFIX, PUBLIC_PREFIX = "whsk_", "whpk_"
 
 
@@ -24,9 +26,11 @@ def public_key(private_key: str) -> str:
 
 
 def sign(private_key: str, message_id: str, timestamp: int, body: bytes) -> str:
-    """The signature `v1a,<base64>` of the bytes that v1 signs too. Raises ValueError for what is no key."""
-    signed = b"%b.%d.%b" % (message_id.encode(), timestamp, body)
-    return f"v1a,{_base64(_key(private_key).sign(signed))}"
+    """The signature `v1a,<base64>` of the bytes that v1 signs too.
+
+    Raises ValueError for what is no key, and when the id holds a dot.
+    """
+    return f"v1a,{_base64(_key(private_key).sign(signed_bytes(message_id, timestamp, body)))}"
 
 
 def _key(text: str) -> Ed25519PrivateKey:

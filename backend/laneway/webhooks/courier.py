@@ -17,7 +17,8 @@ import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from datetime import timedelta
+from dataclasses import replace
+from datetime import datetime, timedelta
 from random import Random
 from typing import TypeVar
 
@@ -30,11 +31,14 @@ from redis.backoff import NoBackoff
 from laneway.clock import Clock, SystemClock, new_id
 from laneway.db import Database
 from laneway.log import get_logger
+from laneway.notify.channels import WebhookChannel
+from laneway.notify.rules import current as notifications
 from laneway.settings import Settings
 from laneway.webhooks.deliveries import Claimed, Deliveries, Finished, Postponed, Room
 from laneway.webhooks.dial import GetAddrInfo
 from laneway.webhooks.guard import Policy
 from laneway.webhooks.messages import WAKE_CHANNEL
+from laneway.webhooks.notices import pass_on
 from laneway.webhooks.pace import Pace
 from laneway.webhooks.papers import Papers
 from laneway.webhooks.retries import MAX_TIMEOUT_SECONDS, Answer, DeliveryStatus, judge
@@ -42,6 +46,7 @@ from laneway.webhooks.secrets import SecretBox
 from laneway.webhooks.sender import Sender
 
 POLL_SECONDS = 0.5
+MIN_REST_SECONDS = 0.001
 GATHER_SECONDS = 0.005  # so long a finished attempt waits for others to be settled with
 LEASE_MARGIN_SECONDS = 20.0
 STOP_MARGIN_SECONDS = 2.0
@@ -105,8 +110,8 @@ class Courier:
             async with self._sender:
                 while not self._stopping:
                     await self._reclaim()
-                    if not await self._turn():
-                        await self._rest(POLL_SECONDS)
+                    if (seconds := await self._turn()) > 0:
+                        await self._rest(seconds)
                 await self._drain()
         finally:
             self._loop = None
@@ -124,29 +129,33 @@ class Courier:
             with suppress(RuntimeError):  # the loop was closed just now
                 loop.call_soon_threadsafe(self._bell.set)
 
-    async def _turn(self) -> bool:
-        """Settle and claim once. True when there may be more to claim at once."""
+    async def _turn(self) -> float:
+        """Settle and claim once. How long to rest unless the bell rings: 0 to half a second."""
         finished, self._finished = self._finished, []
         postponed, self._postponed = self._postponed, []
         room = Room(0) if self._stopping else self._pace.room()
         now = self._clock.now()
         try:
-            claimed, more = await self._in_thread(
-                lambda: self._deliveries.turn(finished, postponed, room, now=now)
-            )
+            turn = await self._in_thread(lambda: self._deliveries.turn(finished, postponed, room, now=now))
         except sa.exc.SQLAlchemyError as error:
             self._finished = finished + self._finished
             self._postponed = postponed + self._postponed
             await self._store_failed(error)
-            return False
+            return POLL_SECONDS
         for each in finished:
             _tell(each)
-        for delivery in claimed:
+        for delivery in turn.claimed:
             if self._stopping:
                 self._postponed.append(Postponed(delivery, self._clock.now()))
             else:
                 self._start(delivery)
-        return more
+        return 0.0 if turn.more else self._rest_seconds(turn.next_at)
+
+    def _rest_seconds(self, next_at: datetime | None) -> float:
+        waits = [POLL_SECONDS, self._pace.wait_seconds()]
+        if next_at is not None:
+            waits.append((next_at - self._clock.now()).total_seconds())
+        return max(min(wait for wait in waits if wait is not None), MIN_REST_SECONDS)
 
     def _start(self, delivery: Claimed) -> None:
         self._pace.began(delivery)
@@ -162,14 +171,13 @@ class Courier:
 
     async def _attempt(self, delivery: Claimed) -> Answer | None:
         try:
-            papers = Papers.open(delivery, self._box)
+            answer = await self._send(delivery)
         except ValueError as error:
             # The operator's fault, not the receiver's: no attempt is charged until the key is there.
             log.error("webhook_key_unusable", tenant_id=delivery.tenant_id, reason=str(error))
             until = self._clock.now() + timedelta(seconds=UNREADABLE_SECRET_SECONDS)
             self._postponed.append(Postponed(delivery, until))
             return None
-        answer = await self._sender.send(delivery, papers)
         verdict = judge(
             answer,
             attempt=delivery.attempt,
@@ -181,6 +189,16 @@ class Courier:
         )
         self._finished.append(Finished(delivery, answer, verdict))
         return answer
+
+    async def _send(self, delivery: Claimed) -> Answer:
+        """Raises ValueError when what signs it cannot be opened."""
+        if not delivery.notifies:
+            return await self._sender.send(delivery, Papers.open(delivery, self._box))
+        channel = notifications().channel(delivery.url)
+        if isinstance(channel, WebhookChannel):
+            papers = Papers.open(delivery, self._box)
+            return await self._sender.send(replace(delivery, url=channel.url), papers)
+        return await pass_on(delivery, channel, clock=self._clock)
 
     async def _reclaim(self) -> None:
         if self._clock.monotonic() < self._reclaim_at:

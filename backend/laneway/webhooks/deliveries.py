@@ -8,7 +8,7 @@ may be repeated: after a lost reply to the commit, the second time changes nothi
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -17,6 +17,7 @@ import sqlalchemy as sa
 
 from laneway.clock import new_id
 from laneway.db import Database, Moment, Rows
+from laneway.domain.events import EventType
 from laneway.models import tenants, webhook_messages
 from laneway.models import webhook_deliveries as d
 from laneway.models import webhook_endpoints as e
@@ -24,13 +25,19 @@ from laneway.models import webhook_health as h
 from laneway.webhooks import endpoint_health
 from laneway.webhooks.formats import Format
 from laneway.webhooks.health import SUSPECT_FAILURES, BlockedReason, Health
+from laneway.webhooks.messages import supersede_overtaken
 from laneway.webhooks.retries import Answer, DeliveryStatus, Verdict
 from laneway.webhooks.secrets import live_secrets
 
 CLAIM_ROWS = 64
+MAX_LOOKS = 4
+PRIORITIES = (0, 1)  # live, recovered
+TEST = "test"  # this trigger reaches paused endpoints and blocked targets: somebody wants to know
 # Written out, not bound: only so do both stores see that the partial index serves.
 _DUE: sa.ColumnElement[bool] = sa.literal_column("webhook_deliveries.status IN ('pending', 'retrying')")
 _SENDING: sa.ColumnElement[bool] = sa.literal_column("webhook_deliveries.status = 'sending'")
+
+_NO_ENDS = frozenset({EventType.JOB_PROGRESS, EventType.JOB_RETRYING})
 
 _ATTEMPTS = Rows(
     id="id",
@@ -128,6 +135,11 @@ class Claimed:
     sealed_signing_key: str | None  # of the tenant, for v1a
     health: Health
 
+    @property
+    def notifies(self) -> bool:
+        """Whether `url` is the address of a channel of the operator's (laneway/notify): `kind:name`."""
+        return "://" not in self.url
+
 
 @dataclass(frozen=True, slots=True)
 class Finished:
@@ -146,15 +158,51 @@ class Postponed:
     until: datetime
 
 
-class Room:
-    """How much may be claimed. `full` targets are not looked at; `admit` answers for each row, in order."""
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A delivery that is due, with what decides whether there is room for it."""
 
-    def __init__(self, rows: int, *, full: Sequence[str] = (), suspects: bool = True) -> None:
+    id: str
+    tenant_id: str
+    target_id: str
+    url: str
+    max_in_flight: int | None  # None: the courier's own
+    max_per_second: float | None
+    health: Health
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What a turn gave: deliveries to send, and when to look again."""
+
+    claimed: Sequence[Claimed] = ()
+    more: bool = False  # more may be due already than one claim looks at
+    next_at: datetime | None = None  # the earliest moment at which something else will be due
+
+
+class Room:
+    """How much may be claimed.
+
+    What is full is not looked at: targets, tenants and origins (as of health.origin). `admit` answers for
+    each row, in order. Whatever it would refuse at once must be named as full, or claims find no others.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        *,
+        full: Sequence[str] = (),
+        full_tenants: Sequence[str] = (),
+        full_origins: Sequence[str] = (),
+        suspects: bool = True,
+    ) -> None:
         self.rows = rows
         self.full = list(full)
+        self.full_tenants = list(full_tenants)
+        self.full_origins = list(full_origins)
         self.suspects = suspects  # whether targets that keep failing may have any more
 
-    def admit(self, delivery: Claimed) -> bool:
+    def admit(self, candidate: Candidate) -> bool:
         """Whether this one may be claimed beside those admitted before it."""
         return True
 
@@ -169,19 +217,18 @@ class Deliveries:
 
     def turn(
         self, finished: Sequence[Finished], postponed: Sequence[Postponed], room: Room, *, now: datetime
-    ) -> tuple[list[Claimed], bool]:
-        """Settle what is done and claim what is due, in one transaction.
-
-        Returns the claimed deliveries, and whether more may be due than one claim looks at.
-        """
-        if not (finished or postponed or self._anything_due(room, now=now)):
-            return [], False
+    ) -> Turn:
+        """Settle what is done and claim what is due, in one transaction."""
+        if not (finished or postponed):
+            found = self._look(room, now=now)
+            if found is not None:
+                return found
         with self._database.write() as connection:
             if finished:
                 self._settle(connection, finished, now=now)
             for each in postponed:
                 self._give_back(connection, each, now=now)
-            return self._claim(connection, room, now=now) if room.rows > 0 else ([], False)
+            return self._claim(connection, room, now=now) if room.rows > 0 else Turn()
 
     def reclaim(self, *, now: datetime) -> int:
         """How many deliveries were taken back from couriers whose lease ran out.
@@ -218,39 +265,70 @@ class Deliveries:
             )
         )
 
-    def _anything_due(self, room: Room, *, now: datetime) -> bool:
-        # A read first: on SQLite, an idle courier must not take the write lock twice a second.
-        if room.rows <= 0:
-            return False
-        with self._database.read() as connection:
-            return connection.execute(_due(sa.select(d.c.id), room, now=now).limit(1)).first() is not None
+    def _look(self, room: Room, *, now: datetime) -> Turn | None:
+        """The turn when nothing is due; None when something may be.
 
-    def _claim(self, connection: sa.Connection, room: Room, *, now: datetime) -> tuple[list[Claimed], bool]:
+        A read first: on SQLite, an idle courier must not take the write lock twice a second.
+        """
+        if room.rows <= 0:
+            return Turn()
+        if self._database.dialect == "postgresql":
+            return None
+        with self._database.read() as connection:
+            if connection.execute(_due(sa.select(d.c.id), room, now=now).limit(1)).first() is not None:
+                return None
+            return Turn(next_at=_next_at(connection, now=now))
+
+    def _claim(self, connection: sa.Connection, room: Room, *, now: datetime) -> Turn:
         limit = min(room.rows, CLAIM_ROWS)
-        query = (
-            _due(sa.select(*_CLAIMED), room, now=now)
-            .join(webhook_messages, webhook_messages.c.id == d.c.message_id)
-            .outerjoin(tenants, tenants.c.id == d.c.tenant_id)
-            .order_by(d.c.priority, d.c.next_at, d.c.id)
-            .limit(limit)
-            .with_for_update(of=d, skip_locked=True)
-        )
-        rows = [_claimed(row, now=now) for row in connection.execute(query).mappings()]
-        picked = [row for row in rows if room.admit(row)]
-        if picked:
-            connection.execute(
-                sa.update(d)
-                .where(d.c.id.in_([row.id for row in picked]))
-                .values(
-                    status=DeliveryStatus.SENDING.value,
-                    attempt_count=d.c.attempt_count + 1,
-                    lease_owner=self._owner,
-                    lease_until=now + self._lease,
-                    version=d.c.version + 1,
-                    updated_at=now,
-                )
+        picked: Sequence[Candidate] = ()
+        refused: set[str] = set()
+        more, looks = True, 0
+        while more and not picked and looks < MAX_LOOKS:
+            query = (
+                _due(sa.select(*_CANDIDATE), room, now=now, passed_over=refused)
+                .outerjoin(h, h.c.target_id == d.c.target_id)
+                .order_by(d.c.priority, d.c.next_at, d.c.id)
+                .limit(limit)
+                .with_for_update(of=d, skip_locked=True)
             )
-        return picked, len(rows) == limit
+            rows = [_candidate(row) for row in connection.execute(query).mappings()]
+            picked = self._probe(connection, [row for row in rows if room.admit(row)], now=now)
+            more, looks = len(rows) == limit, looks + 1
+            refused |= {row.target_id for row in rows}  # when there is no room for any: look behind them
+        if not picked:
+            return Turn(next_at=_next_at(connection, now=now))
+        ids = [row.id for row in picked]
+        connection.execute(
+            sa.update(d)
+            .where(d.c.id.in_(ids))
+            .values(
+                status=DeliveryStatus.SENDING.value,
+                attempt_count=d.c.attempt_count + 1,
+                lease_owner=self._owner,
+                lease_until=now + self._lease,
+                version=d.c.version + 1,
+                updated_at=now,
+            )
+        )
+        health = {row.id: row.health for row in picked}
+        found = connection.execute(_CLAIMED.where(d.c.id.in_(ids))).mappings()
+        claimed = {row["id"]: _claimed(row, health[row["id"]], now=now) for row in found}
+        return Turn([claimed[id_] for id_ in ids], more, None if more else _next_at(connection, now=now))
+
+    def _probe(
+        self, connection: sa.Connection, picked: Sequence[Candidate], *, now: datetime
+    ) -> Sequence[Candidate]:
+        """Without those whose target was paused and is being tried by another courier."""
+        paused = {
+            row.target_id
+            for row in picked
+            if row.health.blocked_until is not None and row.health.blocked_until <= now
+        }
+        if not paused:
+            return picked
+        ours = endpoint_health.probe(connection, sorted(paused), until=now + self._lease, now=now)
+        return [row for row in picked if row.target_id in ours or row.target_id not in paused]
 
     def _give_back(self, connection: sa.Connection, postponed: Postponed, *, now: datetime) -> None:
         connection.execute(
@@ -293,10 +371,14 @@ class Deliveries:
         settled = {str(row[0]) for row in changed}
         counts: dict[str, tuple[int, bool]] = {}
         for each in finished:
-            if each.delivery.job_id is None:
-                continue
+            if each.delivery.job_id is None or each.delivery.manner.id is not None or each.delivery.notifies:
+                continue  # jobs count what went to their own webhook_url
             attempts, delivered = counts.get(each.delivery.job_id, (0, False))
-            is_delivered = each.delivery.id in settled and each.verdict.status is DeliveryStatus.DELIVERED
+            is_delivered = (
+                each.delivery.id in settled
+                and each.verdict.status is DeliveryStatus.DELIVERED
+                and each.delivery.event_type not in _NO_ENDS
+            )
             counts[each.delivery.job_id] = (
                 attempts + (each.delivery.id in written),
                 delivered or is_delivered,
@@ -304,6 +386,14 @@ class Deliveries:
         rows = [(job_id, *count) for job_id, count in sorted(counts.items()) if any(count)]
         if rows:
             self._execute(connection, _UPDATE_JOBS, _COUNTS, rows, key="jobs.id", now=now)
+        overtaken = [
+            each.delivery.id
+            for each in finished
+            if each.delivery.event_type == EventType.JOB_PROGRESS
+            and each.verdict.status is DeliveryStatus.RETRYING
+        ]
+        if overtaken:
+            supersede_overtaken(connection, overtaken, now=now)
         seen = [each for each in finished if each.delivery.id in settled]
         endpoint_health.save(connection, [(each.delivery, each.answer) for each in seen], now=now)
 
@@ -329,43 +419,64 @@ class Deliveries:
         return connection.execute(statement, rows.bind(dialect, values) | parameters)
 
 
-_CLAIMED: tuple[sa.ColumnElement[Any], ...] = (
+_CANDIDATE: tuple[sa.ColumnElement[Any], ...] = (
     d.c.id,
     d.c.tenant_id,
-    d.c.message_id,
-    webhook_messages.c.event_type,
-    d.c.job_id,
     d.c.target_id,
     d.c.url,
-    webhook_messages.c.payload,
-    d.c.trigger,
-    d.c.attempt_count,
-    d.c.max_attempts,
-    d.c.retry_schedule,
-    d.c.give_up_at,
-    tenants.c.webhook_secret,
-    tenants.c.old_webhook_secrets,
-    tenants.c.webhook_signing_key,
-    e.c.id.label("endpoint_id"),
-    e.c.version.label("endpoint_version"),
-    e.c.format,
-    e.c.sign_with,
-    e.c.secret,
-    e.c.old_secrets,
-    e.c.headers,
-    e.c.client_certificate,
-    e.c.ca_certificate,
-    e.c.timeout_seconds,
     e.c.max_in_flight,
     e.c.max_per_second,
     h.c.consecutive_failures,
+    h.c.opened,
     h.c.blocked_until,
     h.c.blocked_reason,
 )
+_CLAIMED = (
+    sa.select(
+        d.c.id,
+        d.c.tenant_id,
+        d.c.message_id,
+        webhook_messages.c.event_type,
+        d.c.job_id,
+        d.c.target_id,
+        d.c.url,
+        webhook_messages.c.payload,
+        d.c.trigger,
+        d.c.attempt_count,
+        d.c.max_attempts,
+        d.c.retry_schedule,
+        d.c.give_up_at,
+        tenants.c.webhook_secret,
+        tenants.c.old_webhook_secrets,
+        tenants.c.webhook_signing_key,
+        e.c.id.label("endpoint_id"),
+        e.c.version.label("endpoint_version"),
+        e.c.format,
+        e.c.sign_with,
+        e.c.secret,
+        e.c.old_secrets,
+        e.c.headers,
+        e.c.client_certificate,
+        e.c.ca_certificate,
+        e.c.timeout_seconds,
+        e.c.max_in_flight,
+        e.c.max_per_second,
+    )
+    .select_from(d)
+    .join(webhook_messages, webhook_messages.c.id == d.c.message_id)
+    .outerjoin(tenants, tenants.c.id == d.c.tenant_id)
+    .outerjoin(e, e.c.id == d.c.endpoint_id)
+)
 
 
-def _due(query: sa.Select[Any], room: Room, *, now: datetime) -> sa.Select[Any]:
-    """Narrow a query over deliveries to what this courier may claim now."""
+def _due(
+    query: sa.Select[Any], room: Room, *, now: datetime, passed_over: Collection[str] = ()
+) -> sa.Select[Any]:
+    """Narrow a query over deliveries to what this courier may claim now.
+
+    Thousands that may not be claimed can stand before the first that may. So what decides is a column of
+    the delivery, or a small set that the store reads once (`NOT IN (SELECT …)`, hashed), not a join a row.
+    """
     earlier = d.alias("earlier")
     in_turn = ~sa.exists().where(
         earlier.c.job_id == d.c.job_id,
@@ -375,26 +486,68 @@ def _due(query: sa.Select[Any], room: Room, *, now: datetime) -> sa.Select[Any]:
             [DeliveryStatus.PENDING.value, DeliveryStatus.SENDING.value, DeliveryStatus.RETRYING.value]
         ),
     )
+    blocked = sa.select(h.c.target_id).where(h.c.blocked_until > now)
     query = (
         query.select_from(d)
         .outerjoin(e, e.c.id == d.c.endpoint_id)
-        .outerjoin(h, h.c.target_id == d.c.target_id)
         .where(
             _DUE,
             d.c.next_at <= now,
-            sa.or_(d.c.endpoint_id.is_(None), e.c.status == "enabled"),
-            sa.or_(h.c.blocked_until.is_(None), h.c.blocked_until <= now),
+            sa.or_(d.c.target_id.not_in(blocked), d.c.trigger == TEST),
+            sa.or_(
+                d.c.endpoint_id.is_(None),
+                e.c.status == "enabled",
+                sa.and_(e.c.status == "paused", d.c.trigger == TEST),
+            ),
             sa.or_(e.c.in_order.is_(None), ~e.c.in_order, in_turn),
         )
     )
-    if room.full:
-        query = query.where(d.c.target_id.not_in(room.full))
+    if full := {*room.full, *passed_over}:
+        query = query.where(d.c.target_id.not_in(sorted(full)))
+    if room.full_tenants:
+        query = query.where(d.c.tenant_id.not_in(room.full_tenants))
+    for origin in room.full_origins:  # few: each of them takes up an eighth of the courier
+        query = query.where(sa.func.substr(d.c.url, 1, len(origin)) != origin)
     if not room.suspects:
-        query = query.where(sa.func.coalesce(h.c.consecutive_failures, 0) < SUSPECT_FAILURES)
+        suspects = sa.select(h.c.target_id).where(h.c.consecutive_failures >= SUSPECT_FAILURES)
+        query = query.where(d.c.target_id.not_in(suspects))
     return query
 
 
-def _claimed(row: sa.RowMapping, *, now: datetime) -> Claimed:
+def _next_at(connection: sa.Connection, *, now: datetime) -> datetime | None:
+    """When the next delivery falls due, or the next pause ends: three probes of indexes."""
+    moments = [
+        sa.select(d.c.next_at)
+        .where(_DUE, d.c.priority == priority, d.c.next_at > now)
+        .order_by(d.c.next_at)
+        .limit(1)
+        .scalar_subquery()
+        for priority in PRIORITIES
+    ]
+    unpaused = sa.select(sa.func.min(h.c.blocked_until)).where(h.c.blocked_until > now).scalar_subquery()
+    row = connection.execute(sa.select(*moments, unpaused)).one()
+    return min((moment for moment in row if moment is not None), default=None)
+
+
+def _candidate(row: sa.RowMapping) -> Candidate:
+    reason = row["blocked_reason"]
+    return Candidate(
+        row["id"],
+        row["tenant_id"],
+        row["target_id"],
+        row["url"],
+        row["max_in_flight"],
+        row["max_per_second"],
+        Health(
+            row["consecutive_failures"] or 0,
+            opened=row["opened"] or 0,
+            blocked_until=row["blocked_until"],
+            blocked_reason=BlockedReason(reason) if reason is not None else None,
+        ),
+    )
+
+
+def _claimed(row: sa.RowMapping, health: Health, *, now: datetime) -> Claimed:
     manner = Manner()
     if row["endpoint_id"] is not None:
         manner = Manner(
@@ -411,7 +564,6 @@ def _claimed(row: sa.RowMapping, *, now: datetime) -> Claimed:
             row["max_per_second"],
         )
     secrets = live_secrets(row["webhook_secret"], row["old_webhook_secrets"] or (), now=now)
-    reason = row["blocked_reason"]
     return Claimed(
         row["id"],
         row["tenant_id"],
@@ -422,18 +574,14 @@ def _claimed(row: sa.RowMapping, *, now: datetime) -> Claimed:
         row["url"],
         row["payload"],
         row["trigger"],
-        row["attempt_count"] + 1,
+        row["attempt_count"],
         row["max_attempts"],
         row["retry_schedule"],
         row["give_up_at"],
         manner,
         secrets if row["webhook_secret"] is not None else (),
         row["webhook_signing_key"],
-        Health(
-            row["consecutive_failures"] or 0,
-            blocked_until=row["blocked_until"],
-            blocked_reason=BlockedReason(reason) if reason is not None else None,
-        ),
+        health,
     )
 
 

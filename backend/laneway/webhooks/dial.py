@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from aiohttp.abc import AbstractResolver, ResolveResult
 
 from laneway.webhooks.guard import ALLOWED_CIDRS, Policy, classify
 
-DNS_THREADS = 32
+DNS_THREADS = 64
+MAX_STUCK_THREADS = 8  # past it, names whose server did not answer last time are not asked for
+REMEMBERED_NAMES = 1000
 DNS_TIMEOUT_SECONDS = 2.0
 
 GetAddrInfo = Callable[..., list[Any]]
@@ -30,7 +33,8 @@ class AddressRefused(OSError):
 class GuardResolver(AbstractResolver):
     """Looks names up in threads of its own; a name with one refused address is refused whole.
 
-    Its own threads: in asyncio's default pool, a few slow nameservers hold up every other look-up.
+    Its own threads: in asyncio's default pool, a few slow nameservers hold up every other look-up. A look-up
+    that is given up holds its thread until the system gives up too, so names known to be slow share a few.
     """
 
     def __init__(
@@ -43,6 +47,8 @@ class GuardResolver(AbstractResolver):
         self._policy = policy
         self._timeout_seconds = timeout_seconds
         self._getaddrinfo = getaddrinfo
+        self._stuck: list[Future[list[Any]]] = []  # look-ups that were given up and still hold a thread
+        self._slow: OrderedDict[str, None] = OrderedDict()
         self._threads = ThreadPoolExecutor(DNS_THREADS, thread_name_prefix="laneway-dns")
 
     async def resolve(
@@ -52,14 +58,20 @@ class GuardResolver(AbstractResolver):
 
         Raises AddressRefused when one may not, OSError when the name does not resolve in time.
         """
-        look_up = asyncio.get_running_loop().run_in_executor(
-            self._threads, lambda: self._getaddrinfo(host, port, family=family, type=socket.SOCK_STREAM)
-        )
+        self._stuck = [each for each in self._stuck if not each.done()]
+        if host in self._slow and len(self._stuck) >= MAX_STUCK_THREADS:
+            raise OSError("the name server did not answer in time, and others do not either")
+        look_up = self._threads.submit(self._getaddrinfo, host, port, family=family, type=socket.SOCK_STREAM)
         try:
             async with asyncio.timeout(self._timeout_seconds):
-                answers = await look_up
+                answers = await asyncio.wrap_future(look_up)
         except TimeoutError:
+            self._stuck.append(look_up)
+            self._slow[host] = None
+            if len(self._slow) > REMEMBERED_NAMES:
+                self._slow.popitem(last=False)
             raise OSError("the name server did not answer in time") from None
+        self._slow.pop(host, None)
         results: list[ResolveResult] = []
         for answer_family, _, protocol, _, sockaddr in answers:
             if classify(sockaddr[0], self._policy) is not None:

@@ -19,7 +19,8 @@ from laneway.domain.events import SystemEvent
 from laneway.models import webhook_deliveries as d
 from laneway.models import webhook_endpoints as e
 from laneway.models import webhook_health as h
-from laneway.webhooks.health import Health, after, due_warning, percent_to_disabling
+from laneway.notify.rules import current as notifications
+from laneway.webhooks.health import BlockedReason, Health, after, due_warning, percent_to_disabling
 from laneway.webhooks.messages import Target, Told, message_id, record
 from laneway.webhooks.retries import Answer, DeliveryStatus
 from laneway.webhooks.subscriptions import subscribers
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from laneway.webhooks.deliveries import Claimed
 
 ACTOR = "courier"
+PARKED_ROWS = 5_000
 # Written out, not bound: only so do both stores see that the partial index serves.
 _OPEN: sa.ColumnElement[bool] = sa.literal_column("webhook_deliveries.status IN ('pending', 'retrying')")
 _FIELDS = tuple(Health.__dataclass_fields__)
@@ -46,22 +48,65 @@ def save(connection: sa.Connection, answers: Sequence[tuple[Claimed, Answer]], *
         seen = by_target[target_id]
         before = known.get(target_id)
         health = before or Health()
-        for _, answer in seen:
-            health = after(health, answer, now=now)
-        if before is None and not health.worth_keeping:
+        for delivery, answer in seen:
+            health = after(health, answer, opened=delivery.health.opened, now=now)
+        if not health.worth_keeping and (before is None or not before.worth_keeping):
             continue
         delivery = seen[-1][0]
         gone = any(answer.status_code == HTTPStatus.GONE for _, answer in seen)
         if delivery.manner.id is not None:
             health = _look_after(connection, delivery, before or Health(), health, gone=gone, now=now)
         _write(connection, delivery, health, now=now)
+        if health.blocked_until is not None and health.blocked_until > now:
+            _park(connection, target_id, health.blocked_until)
+
+
+def probe(
+    connection: sa.Connection, target_ids: Sequence[str], *, until: datetime, now: datetime
+) -> set[str]:
+    """Which of the targets, whose pauses are over, the caller alone may try before `until`.
+
+    The others are being tried by another courier, which has committed that or is about to.
+    """
+    free = sa.select(h.c.target_id).where(h.c.target_id.in_(target_ids), h.c.blocked_until <= now)
+    found = set(connection.execute(free.with_for_update(skip_locked=True)).scalars())
+    if found:
+        connection.execute(
+            sa.update(h)
+            .where(h.c.target_id.in_(found))
+            .values(
+                blocked_until=until,
+                blocked_reason=BlockedReason.PROBE.value,
+                version=h.c.version + 1,
+                updated_at=now,
+            )
+        )
+    return found
+
+
+def _park(connection: sa.Connection, target_id: str, until: datetime) -> None:
+    """Make what waits for a paused target due when the pause ends: no claim has to pass over it meanwhile."""
+    waiting = (
+        sa.select(d.c.id)
+        .where(d.c.target_id == target_id, _OPEN, d.c.next_at < until, d.c.trigger != "test")
+        .limit(PARKED_ROWS)
+    )
+    if connection.dialect.name == "postgresql":
+        waiting = waiting.with_for_update(skip_locked=True)
+    connection.execute(sa.update(d).where(d.c.id.in_(waiting)).values(next_at=until))
 
 
 def _read(connection: sa.Connection, target_ids: Sequence[str]) -> dict[str, Health]:
     rows = connection.execute(
         sa.select(h).where(h.c.target_id.in_(target_ids)).order_by(h.c.target_id).with_for_update()
     ).mappings()
-    return {row["target_id"]: Health(**{name: row[name] for name in _FIELDS}) for row in rows}
+    return {row["target_id"]: _health(row) for row in rows}
+
+
+def _health(row: sa.RowMapping) -> Health:
+    reason = row["blocked_reason"]
+    values = {name: row[name] for name in _FIELDS}
+    return Health(**values | {"blocked_reason": reason and BlockedReason(reason)})
 
 
 def _write(connection: sa.Connection, delivery: Claimed, health: Health, *, now: datetime) -> None:
@@ -83,6 +128,7 @@ def _look_after(
     """What the answers mean for a registered endpoint. Returns its health with the warning it was given."""
     endpoint = connection.execute(sa.select(e).where(e.c.id == delivery.manner.id)).mappings().first()
     if endpoint is None or endpoint["status"] == "disabled":
+        cancel_waiting(connection, delivery.manner.id or "", now=now)  # it was on its way meanwhile
         return health
     percent = percent_to_disabling(health, enabled_at=endpoint["enabled_at"], now=now)
     if gone or percent >= 100:
@@ -126,10 +172,11 @@ def cancel_waiting(connection: sa.Connection, endpoint_id: str, *, now: datetime
 def _tell(
     connection: sa.Connection, event: SystemEvent, endpoint: sa.RowMapping, *, now: datetime, **facts: object
 ) -> None:
-    """Tell the tenant's other endpoints."""
+    """Tell the tenant's other endpoints, and the operators."""
     tenant_id, endpoint_id = endpoint["tenant_id"], endpoint["id"]
     others = subscribers(connection, [tenant_id]).get(tenant_id, ())
     targets = [Target.endpoint(each) for each in others if each.id != endpoint_id and each.wants(event)]
+    targets += [Target.notified(tenant_id, address) for address in notifications().addresses(event)]
     told = Told(
         id=message_id(endpoint_id, now.isoformat(), event),
         tenant_id=tenant_id,

@@ -11,30 +11,43 @@ import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 import sqlalchemy as sa
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+from pydantic.json_schema import SkipJsonSchema
 
 from laneway.clock import new_id
 from laneway.db import Database
 from laneway.domain.events import DEFAULT_WEBHOOK_EVENTS, SystemEvent, known_pattern
 from laneway.domain.spec import DEFAULT_QUEUE
 from laneway.errors import Conflict, EndpointNotFound, FieldError, WebhookUrlRefused
-from laneway.models import tenants, webhook_deliveries, webhook_health
+from laneway.models import tenants, webhook_deliveries
 from laneway.models import webhook_endpoints as e
+from laneway.models import webhook_health as h
 from laneway.webhooks import asymmetric
-from laneway.webhooks.endpoint_health import cancel_waiting
+from laneway.webhooks.endpoint_health import cancel_waiting, disable
 from laneway.webhooks.formats import Format
 from laneway.webhooks.guard import Policy, check_url
 from laneway.webhooks.messages import Target, Told, message_id, record
-from laneway.webhooks.papers import endpoint_context, make_context, signing_key_context
-from laneway.webhooks.retries import MAX_TIMEOUT_SECONDS, QUICK_SECONDS, STANDARD_SECONDS
-from laneway.webhooks.secrets import SecretBox, keep_old, new_webhook_secret, parse_webhook_secret
+from laneway.webhooks.papers import endpoint_context, load_certificates, signing_key_context
+from laneway.webhooks.retries import MAX_TIMEOUT_SECONDS, QUICK_SECONDS, STANDARD_SECONDS, UNDONE
+from laneway.webhooks.secrets import (
+    SecretBox,
+    keep_old,
+    live_secrets,
+    new_webhook_secret,
+    parse_webhook_secret,
+)
 
 MAX_ENDPOINTS = 100  # of a tenant
 MAX_HEADERS = 20
 MAX_HEADER_VALUE = 1000
+MAX_EVENT_TYPES = 50
+MAX_FILTER_VALUES = 50  # of each kind
+MAX_RETRIES = 20
+MAX_PAUSE_SECONDS = 86_400
+MAX_IN_FLIGHT = 64
 _HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,100}")
 _HEADER_VALUE = re.compile(r"[\x21-\x7e]([\x20-\x7e]*[\x21-\x7e])?")
 _RESERVED_HEADERS = frozenset(
@@ -80,9 +93,28 @@ def _headers(value: dict[str, str]) -> dict[str, str]:
     return value
 
 
-Names = Annotated[list[Annotated[str, Field(min_length=1, max_length=100)]], Field(max_length=50)]
-Pause = Annotated[float, Field(ge=1, le=86_400, allow_inf_nan=False)]
+def _client_certificate(value: str) -> str:
+    return _loads(value, certificate=value, wanted="PEM: certificate chain, then its key, not encrypted")
+
+
+def _authority(value: str) -> str:
+    return _loads(value, ca_certificate=value, wanted="PEM: one certificate or more")
+
+
+def _loads(value: str, *, wanted: str, **parts: str) -> str:
+    try:
+        load_certificates(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), **parts)
+    except (ssl.SSLError, ValueError, TypeError):
+        raise ValueError(f"needs {wanted}") from None
+    return value
+
+
+Names = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=100)]], Field(max_length=MAX_FILTER_VALUES)
+]
+Pause = Annotated[float, Field(ge=1, le=MAX_PAUSE_SECONDS, allow_inf_nan=False)]
 Pem = Annotated[str, Field(min_length=1, max_length=64_000)]
+Unset = SkipJsonSchema[None]  # the default of fields of which null is no value
 
 
 class EndpointFilters(BaseModel):
@@ -96,54 +128,76 @@ class EndpointFilters(BaseModel):
 
 
 class EndpointChange(BaseModel):
-    """What may be set on an endpoint. Fields that are not given stay as they are."""
+    """What may be set on an endpoint. Fields that are not given stay as they are; null takes away."""
 
     model_config = ConfigDict(extra="forbid")
 
-    url: Annotated[str, Field(min_length=1, max_length=2048)] | None = None
+    url: Annotated[str, Field(min_length=1, max_length=2048)] | Unset = Field(
+        None, description="What waits goes to a new one too, at once."
+    )
     description: Annotated[str, Field(max_length=500)] | None = None
     event_types: (
-        Annotated[list[Annotated[str, AfterValidator(_pattern)]], Field(min_length=1, max_length=50)] | None
+        Annotated[
+            list[Annotated[str, AfterValidator(_pattern)]], Field(min_length=1, max_length=MAX_EVENT_TYPES)
+        ]
+        | Unset
     ) = Field(None, description="Events and globs: `job.completed`, `job.*`, `*`. Default: the ends of jobs.")
-    filters: EndpointFilters | None = None
-    format: Format | None = None
-    status: Literal["enabled", "paused"] | None = Field(
-        None, description="Paused: messages wait. Enabling a disabled endpoint starts it afresh."
+    filters: EndpointFilters | Unset = None
+    format: Format | Unset = None
+    status: Literal["enabled", "paused", "disabled"] | Unset = Field(
+        None,
+        description="Paused: messages wait. Disabled: what waits is cancelled, and messages are noted as "
+        "skipped. Enabling a disabled endpoint starts it afresh.",
     )
     headers: Annotated[dict[str, str], Field(max_length=MAX_HEADERS), AfterValidator(_headers)] | None = (
-        Field(None, description="Sent along, and kept encrypted: only their names are ever shown.")
+        Field(
+            None, repr=False, description="Sent along, and kept encrypted: only their names are ever shown."
+        )
     )
-    sign_with: Literal["v1", "v1a", "both"] | None = Field(
+    sign_with: Literal["v1", "v1a", "both"] | Unset = Field(
         None, description="v1: HMAC-SHA256 with the secret. v1a: ed25519 with the tenant's key pair."
     )
-    timeout_seconds: Annotated[float, Field(ge=1, le=MAX_TIMEOUT_SECONDS)] | None = None
-    retry_schedule: Literal["quick", "standard"] | Annotated[list[Pause], Field(max_length=20)] | None = (
-        Field(None, description="Seconds before each retry, or a preset's name.")
-    )
-    max_in_flight: Annotated[int, Field(ge=1, le=64)] | None = None
+    timeout_seconds: Annotated[float, Field(ge=1, le=MAX_TIMEOUT_SECONDS)] | Unset = None
+    retry_schedule: (
+        Literal["quick", "standard"] | Annotated[list[Pause], Field(max_length=MAX_RETRIES)] | Unset
+    ) = Field(None, description="Seconds before each retry, or a preset's name.")
+    max_in_flight: Annotated[int, Field(ge=1, le=MAX_IN_FLIGHT)] | Unset = None
     max_per_second: Annotated[float, Field(ge=0.01, le=1000, allow_inf_nan=False)] | None = None
-    in_order: bool | None = Field(None, description="A job's messages one after the other, in their order.")
-    client_certificate: Pem | None = Field(None, description="PEM: certificate chain, then key. For mTLS.")
-    ca_certificate: Pem | None = Field(None, description="PEM: an authority to trust besides the usual ones.")
+    in_order: bool | Unset = Field(None, description="A job's messages one after the other, in their order.")
+    client_certificate: Annotated[Pem, AfterValidator(_client_certificate)] | None = Field(
+        None, repr=False, description="PEM: certificate chain, then key. For mTLS."
+    )
+    ca_certificate: Annotated[Pem, AfterValidator(_authority)] | None = Field(
+        None, description="PEM: an authority to trust besides the usual ones."
+    )
 
-    @model_validator(mode="after")
-    def _certificates(self) -> Self:
-        try:
-            if self.client_certificate or self.ca_certificate:
-                make_context(self.client_certificate, self.ca_certificate)
-        except (ssl.SSLError, OSError, ValueError):
-            raise ValueError(
-                "client_certificate must be PEM, certificate then unencrypted key; ca_certificate PEM"
-            ) from None
-        return self
+    @field_validator(
+        "url",
+        "event_types",
+        "filters",
+        "format",
+        "status",
+        "sign_with",
+        "timeout_seconds",
+        "retry_schedule",
+        "max_in_flight",
+        "in_order",
+        mode="before",
+    )
+    @classmethod
+    def _some_value(cls, value: Any) -> Any:
+        if value is None:
+            raise ValueError("null is no value of it; leave it out")
+        return value
 
 
 class NewEndpoint(EndpointChange):
     """An endpoint to be."""
 
     url: Annotated[str, Field(min_length=1, max_length=2048)]
+    status: Literal["enabled", "paused"] | Unset = Field(None, description="Paused: messages wait.")
     secret: Annotated[str, AfterValidator(parse_webhook_secret)] | None = Field(
-        None, description="`whsec_` and base64 of 24 to 64 bytes; made when it is not given."
+        None, repr=False, description="`whsec_` and base64 of 24 to 64 bytes; made when it is not given."
     )
 
 
@@ -158,7 +212,7 @@ _DEFAULTS: dict[str, Any] = {
     "max_in_flight": 8,
     "in_order": False,
 }
-_PLAIN = (
+_OWN = (
     "id",
     "url",
     "description",
@@ -174,7 +228,12 @@ _PLAIN = (
     "max_per_second",
     "in_order",
     "created_by",
+    "disabled_at",
+    "enabled_at",
+    "created_at",
+    "updated_at",
 )
+_HEALTH = ("failing_since", "last_failure_at", "last_success_at", "blocked_until", "blocked_reason")
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,49 +269,61 @@ class Endpoints:
             "updated_at": now,
         }
         with self.database.write() as connection:
+            _lock_tenant(connection, tenant_id)  # or two at a time could be one too many
             count = sa.select(sa.func.count()).select_from(e).where(e.c.tenant_id == tenant_id)
             if connection.execute(count).scalar_one() >= MAX_ENDPOINTS:
                 raise Conflict(f"a tenant may have {MAX_ENDPOINTS} endpoints; delete one first")
             if values["sign_with"] != "v1":
                 self._need_key_pair(connection, tenant_id)
             connection.execute(sa.insert(e).values(values))
-            return self._view(connection, self._find(connection, tenant_id, endpoint_id)), secret
+            return self._view(_find(connection, tenant_id, endpoint_id), now=now), secret
 
-    def all(self, tenant_id: str) -> list[dict[str, Any]]:
+    def all(self, tenant_id: str, *, now: datetime) -> list[dict[str, Any]]:
         """The tenant's endpoints, oldest first."""
         with self.database.read() as connection:
-            rows = connection.execute(
-                sa.select(e).where(e.c.tenant_id == tenant_id).order_by(e.c.id)
-            ).mappings()
-            return [self._view(connection, row) for row in rows.all()]
+            rows = connection.execute(_SELECT.where(e.c.tenant_id == tenant_id).order_by(e.c.id)).mappings()
+            return [self._view(row, now=now) for row in rows]
 
-    def get(self, tenant_id: str, endpoint_id: str) -> dict[str, Any]:
+    def get(self, tenant_id: str, endpoint_id: str, *, now: datetime) -> dict[str, Any]:
+        """One of them."""
         with self.database.read() as connection:
-            return self._view(connection, self._find(connection, tenant_id, endpoint_id))
+            return self._view(_find(connection, tenant_id, endpoint_id), now=now)
 
     def change(
         self, tenant_id: str, endpoint_id: str, wanted: EndpointChange, *, now: datetime
     ) -> dict[str, Any]:
-        """Set what is given. Deliveries that wait keep the URL they were made with."""
+        """Set what is given.
+
+        What waits goes to a new URL too, at once: headers meant for that go nowhere else. How the receiver
+        has been answering is forgotten with its URL, and when a disabled endpoint is back.
+        """
         values = self._columns(endpoint_id, wanted)
+        status = values.get("status")
+        if status == "disabled":
+            del values["status"]
         with self.database.write() as connection:
-            before = self._find(connection, tenant_id, endpoint_id, lock=True)
-            if values.get("status") == "enabled" and before["status"] == "disabled":
+            before = _find(connection, tenant_id, endpoint_id, lock=True)
+            is_back = before["status"] == "disabled" and status in ("enabled", "paused")
+            moved = values.get("url", before["url"]) != before["url"]
+            if is_back:
                 values |= {"disabled_reason": None, "disabled_at": None, "enabled_at": now}
-                connection.execute(sa.delete(webhook_health).where(webhook_health.c.target_id == endpoint_id))
-            elif before["status"] == "disabled":
-                values.pop("status", None)  # it sends nothing already
+            if is_back or moved:
+                connection.execute(sa.delete(h).where(h.c.target_id == endpoint_id))
             if values.get("sign_with", "v1") != "v1":
                 self._need_key_pair(connection, tenant_id)
-            self._update(connection, endpoint_id, values, now=now)
-            return self._view(connection, self._find(connection, tenant_id, endpoint_id))
+            _update(connection, endpoint_id, values, now=now)
+            if moved:
+                _redirect_waiting(connection, endpoint_id, values["url"], now=now)
+            if status == "disabled":
+                disable(connection, before, reason="manual", now=now)
+            return self._view(_find(connection, tenant_id, endpoint_id), now=now)
 
     def delete(self, tenant_id: str, endpoint_id: str, *, now: datetime) -> None:
         """Forget it. What waits for it is cancelled; what was delivered stays in the ledger."""
         with self.database.write() as connection:
-            self._find(connection, tenant_id, endpoint_id, lock=True)
+            _find(connection, tenant_id, endpoint_id, lock=True)
             cancel_waiting(connection, endpoint_id, now=now)
-            connection.execute(sa.delete(webhook_health).where(webhook_health.c.target_id == endpoint_id))
+            connection.execute(sa.delete(h).where(h.c.target_id == endpoint_id))
             connection.execute(sa.delete(e).where(e.c.id == endpoint_id))
 
     def rotate(
@@ -261,19 +332,19 @@ class Endpoints:
         """A new secret; for the grace, 0 to 7 days, the old ones sign beside it: five at most."""
         fresh = secret or new_webhook_secret()
         with self.database.write() as connection:
-            row = self._find(connection, tenant_id, endpoint_id, lock=True)
+            row = _find(connection, tenant_id, endpoint_id, lock=True)
             old = keep_old(row["secret"], row["old_secrets"], grace_seconds=grace_seconds, now=now)
             values = {
                 "secret": self.box.seal(fresh, endpoint_context(endpoint_id)),
                 "old_secrets": old,
             }
-            self._update(connection, endpoint_id, values, now=now)
-            return self._view(connection, self._find(connection, tenant_id, endpoint_id)), fresh
+            _update(connection, endpoint_id, values, now=now)
+            return self._view(_find(connection, tenant_id, endpoint_id), now=now), fresh
 
     def test(self, tenant_id: str, endpoint_id: str, *, by: str, now: datetime) -> str:
         """Send a test event, whatever the endpoint subscribed to. The id of its delivery."""
         with self.database.write() as connection:
-            row = self._find(connection, tenant_id, endpoint_id)
+            row = _find(connection, tenant_id, endpoint_id)
             if row["status"] == "disabled":
                 raise Conflict("the endpoint is disabled; enable it first", current_status="disabled")
             identity = message_id(endpoint_id, new_id(), SystemEvent.ENDPOINT_TEST)
@@ -300,10 +371,7 @@ class Endpoints:
     def _columns(self, endpoint_id: str, wanted: EndpointChange) -> dict[str, Any]:
         """The columns for the fields that were given; sealed where they must be."""
         given = wanted.model_dump(exclude_unset=True, exclude={"secret"})
-        for name in _DEFAULTS:
-            if name in given and given[name] is None:
-                del given[name]  # null is no value of these
-        if given.get("url") is not None:
+        if "url" in given:
             given["url"] = self._target(given["url"])
         if isinstance(given.get("retry_schedule"), str):
             given["retry_schedule"] = list(SCHEDULES[given["retry_schedule"]])
@@ -324,54 +392,67 @@ class Endpoints:
             refused.errors = (FieldError("/url", str(refused), refused.code),)
             raise
 
-    def _find(
-        self, connection: sa.Connection, tenant_id: str, endpoint_id: str, *, lock: bool = False
-    ) -> sa.RowMapping:
-        query = sa.select(e).where(e.c.id == endpoint_id, e.c.tenant_id == tenant_id)
-        row = connection.execute(query.with_for_update() if lock else query).mappings().first()
-        if row is None:
-            raise EndpointNotFound(f"there is no webhook endpoint {endpoint_id}", endpoint_id=endpoint_id)
-        return row
-
-    def _update(
-        self, connection: sa.Connection, endpoint_id: str, values: Mapping[str, Any], *, now: datetime
-    ) -> None:
-        changed = dict(values) | {"version": e.c.version + 1, "updated_at": now}
-        connection.execute(sa.update(e).where(e.c.id == endpoint_id).values(changed))
-
     def _need_key_pair(self, connection: sa.Connection, tenant_id: str) -> str:
-        t = tenants.c
         context = signing_key_context(tenant_id)
-        query = sa.select(t.webhook_signing_key).where(t.id == tenant_id).with_for_update()
-        sealed = connection.execute(query).scalar_one()
+        sealed = _lock_tenant(connection, tenant_id)
         if sealed is not None:
             return self.box.open(sealed, context)
         private_key = asymmetric.new_private_key()
         sealed = self.box.seal(private_key, context)
-        connection.execute(sa.update(tenants).where(t.id == tenant_id).values(webhook_signing_key=sealed))
+        connection.execute(
+            sa.update(tenants).where(tenants.c.id == tenant_id).values(webhook_signing_key=sealed)
+        )
         return private_key
 
-    def _view(self, connection: sa.Connection, row: Mapping[Any, Any]) -> dict[str, Any]:
+    def _view(self, row: Mapping[Any, Any], *, now: datetime) -> dict[str, Any]:
         headers = row["headers"]
         names = json.loads(self.box.open(headers, endpoint_context(row["id"]))) if headers else {}
-        health = (
-            connection.execute(sa.select(webhook_health).where(webhook_health.c.target_id == row["id"]))
-            .mappings()
-            .first()
-        )
         return {
-            **{name: row[name] for name in _PLAIN},
+            **{name: row[name] for name in _OWN},
             "filters": EndpointFilters(**row["filters"]).model_dump(),
             "header_names": sorted(names),
             "has_client_certificate": row["client_certificate"] is not None,
             "has_ca_certificate": row["ca_certificate"] is not None,
-            "secrets_in_grace": len(row["old_secrets"]),
-            **{name: row[name] for name in ("disabled_at", "enabled_at", "created_at", "updated_at")},
-            "health": _health_view(health),
+            "secrets_in_grace": len(live_secrets(row["secret"], row["old_secrets"], now=now)) - 1,
+            "health": {
+                "consecutive_failures": row["consecutive_failures"] or 0,
+                **{name: row[name] for name in _HEALTH},
+            },
         }
 
 
-def _health_view(row: Mapping[Any, Any] | None) -> dict[str, Any]:
-    names = ("failing_since", "last_failure_at", "last_success_at", "blocked_until", "blocked_reason")
-    known = {name: row[name] if row is not None else None for name in names}
-    return {"consecutive_failures": row["consecutive_failures"] if row is not None else 0, **known}
+_SELECT = sa.select(e, h.c.consecutive_failures, *(h.c[name] for name in _HEALTH)).select_from(
+    e.outerjoin(h, h.c.target_id == e.c.id)
+)
+
+
+def _find(
+    connection: sa.Connection, tenant_id: str, endpoint_id: str, *, lock: bool = False
+) -> sa.RowMapping:
+    query = _SELECT.where(e.c.id == endpoint_id, e.c.tenant_id == tenant_id)
+    row = connection.execute(query.with_for_update(of=e) if lock else query).mappings().first()
+    if row is None:
+        raise EndpointNotFound(f"there is no webhook endpoint {endpoint_id}", endpoint_id=endpoint_id)
+    return row
+
+
+def _update(connection: sa.Connection, endpoint_id: str, values: Mapping[str, Any], *, now: datetime) -> None:
+    changed = dict(values) | {"version": e.c.version + 1, "updated_at": now}
+    connection.execute(sa.update(e).where(e.c.id == endpoint_id).values(changed))
+
+
+def _redirect_waiting(connection: sa.Connection, endpoint_id: str, url: str, *, now: datetime) -> None:
+    d = webhook_deliveries.c
+    connection.execute(
+        sa.update(webhook_deliveries)
+        .where(d.endpoint_id == endpoint_id, d.status.in_(sorted(UNDONE)))
+        .values(url=url, next_at=now, version=d.version + 1, updated_at=now)
+    )
+
+
+def _lock_tenant(connection: sa.Connection, tenant_id: str) -> str | None:
+    """Its sealed signing key, and no other change of the tenant until this transaction ends."""
+    t = tenants.c
+    query = sa.select(t.webhook_signing_key).where(t.id == tenant_id).with_for_update()
+    sealed: str | None = connection.execute(query).scalar_one()
+    return sealed

@@ -35,6 +35,7 @@ class BlockedReason(StrEnum):
 
     BREAKER = "breaker"
     RETRY_AFTER = "retry_after"
+    PROBE = "probe"  # the pause is over, and one attempt finds out whether the target is back
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,9 @@ class Health:
     def suspect(self) -> bool:
         return self.consecutive_failures >= SUSPECT_FAILURES
 
+    def paused(self, until: datetime | None, reason: BlockedReason | None) -> Health:
+        return replace(self, blocked_until=until, blocked_reason=reason)
+
     @property
     def worth_keeping(self) -> bool:
         """Whether it says more than a target's absence from the table."""
@@ -71,40 +75,41 @@ def target_of(tenant_id: str, url: str) -> str:
     return str(uuid5(_ORIGINS, f"{tenant_id}|{origin(url)}"))
 
 
-def after(health: Health, answer: Answer, *, now: datetime) -> Health:
+def after(health: Health, answer: Answer, *, opened: int, now: datetime) -> Health:
     """The health once `answer` came.
+
+    `opened` is what it was when the attempt was claimed: an answer to what was in flight when
+    the breaker opened changes nothing about it.
 
     Any failure counts towards disabling. Only what time heals (no connection, no answer, 5xx, 429) opens
     the breaker: 404 and its kin say that the receiver is there. The pause doubles from 30 s to 15 minutes
-    for each probe that fails. A Retry-After of a 429 or 503 pauses the target for as long as it asks.
+    for each probe that fails. A Retry-After of a 429 or 503 pauses the target for as long as it asks,
+    whatever else is answered well.
     """
+    asked = health.blocked_reason is BlockedReason.RETRY_AFTER
     if answer.error_class is None:
+        if asked and health.blocked_until is not None and health.blocked_until > now:
+            return Health(last_success_at=now).paused(health.blocked_until, health.blocked_reason)
         return Health(last_success_at=now)
-    failures = health.consecutive_failures + 1
     failed = replace(
         health,
-        consecutive_failures=failures,
+        consecutive_failures=health.consecutive_failures + 1,
         failing_since=health.failing_since or now,
         last_failure_at=now,
     )
-    until, reason = _pause(health, answer, failures, now=now)
-    if until is None or (health.blocked_until is not None and health.blocked_until >= until):
-        return failed
-    opened = health.opened + (reason is BlockedReason.BREAKER)
-    return replace(failed, blocked_until=until, blocked_reason=reason, opened=opened)
-
-
-def _pause(
-    health: Health, answer: Answer, failures: int, *, now: datetime
-) -> tuple[datetime | None, BlockedReason | None]:
     if asks_to_wait(answer, now=now):
-        seconds = retry_after_seconds(answer.retry_after, now=now)
-        return now + timedelta(seconds=seconds), BlockedReason.RETRY_AFTER
-    already = health.blocked_until is not None and health.blocked_until > now  # others were in flight
-    if failures >= BREAKER_FAILURES and _time_may_heal(answer) and not already:
+        until = now + timedelta(seconds=retry_after_seconds(answer.retry_after, now=now))
+        longer = asked and health.blocked_until is not None and health.blocked_until >= until
+        return failed if longer else failed.paused(until, BlockedReason.RETRY_AFTER)
+    if opened != health.opened:
+        return failed
+    if failed.consecutive_failures >= BREAKER_FAILURES and _time_may_heal(answer):
         seconds = min(BREAKER_SECONDS * 2.0 ** min(health.opened, 20), BREAKER_MAX_SECONDS)
-        return now + timedelta(seconds=seconds), BlockedReason.BREAKER
-    return None, None
+        until = now + timedelta(seconds=seconds)
+        if asked and health.blocked_until is not None:
+            until = max(until, health.blocked_until)
+        return replace(failed.paused(until, BlockedReason.BREAKER), opened=health.opened + 1)
+    return failed.paused(None, None) if health.blocked_reason is BlockedReason.PROBE else failed
 
 
 def asks_to_wait(answer: Answer, *, now: datetime) -> bool:
@@ -127,9 +132,9 @@ def next_cap(cap: int, answer: Answer, *, most: int) -> int:
     return min(cap + 1, most) if answer.error_class is None else max(cap // 2, 1)
 
 
-def first_cap(health: Health, *, most: int) -> int:
-    """The cap a courier starts with: one at a time for a target known to fail, so that it is probed."""
-    return 1 if health.suspect or health.blocked_reason is not None else min(FIRST_CAP, most)
+def capped(cap: int, health: Health) -> int:
+    """The cap as far as the health allows it: one at a time to a target that fails or was paused."""
+    return 1 if health.suspect or health.blocked_reason is not None else cap
 
 
 def percent_to_disabling(health: Health, *, enabled_at: datetime, now: datetime) -> int:

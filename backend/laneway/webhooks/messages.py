@@ -20,9 +20,9 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 from laneway.clock import new_id
 from laneway.domain.events import EventType
-from laneway.models import webhook_deliveries, webhook_messages
+from laneway.models import jobs, webhook_deliveries, webhook_messages
 from laneway.webhooks.health import target_of
-from laneway.webhooks.retries import QUICK_SECONDS, DeliveryStatus
+from laneway.webhooks.retries import QUICK_SECONDS, STANDARD_SECONDS, DeliveryStatus
 from laneway.webhooks.subscriptions import Subscriber
 
 WAKE_CHANNEL = "laneway:courier"
@@ -47,6 +47,7 @@ class Target:
     endpoint_id: str | None = None
     retry_schedule: Sequence[float] = QUICK_SECONDS
     skipped: bool = False  # the endpoint is disabled: noted for a replay, not sent
+    channel: str = "webhook"
 
     @classmethod
     def own(cls, tenant_id: str, url: str) -> Target:
@@ -62,6 +63,12 @@ class Target:
             subscriber.retry_schedule,
             skipped=subscriber.status == "disabled",
         )
+
+    @classmethod
+    def notified(cls, tenant_id: str, address: str) -> Target:
+        """A channel of the operator's, as `notify.rules` addresses it: `kind:name`."""
+        kind = address.partition(":")[0]
+        return cls(target_of(tenant_id, address), address, retry_schedule=STANDARD_SECONDS, channel=kind)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +135,7 @@ def _delivery(told: Told, target: Target, *, now: datetime) -> dict[str, Any]:
         "message_id": told.id,
         "endpoint_id": target.endpoint_id,
         "target_id": target.id,
+        "channel": target.channel,
         "url": target.url,
         "status": (DeliveryStatus.SKIPPED if target.skipped else DeliveryStatus.PENDING).value,
         "max_attempts": len(schedule) + 1,
@@ -140,20 +148,47 @@ def _delivery(told: Told, target: Target, *, now: datetime) -> dict[str, Any]:
 
 def supersede_progress(connection: sa.Connection, job_ids: Collection[str], *, now: datetime) -> None:
     """Progress that still waits to be told is not: the job has ended, or got further."""
-    waiting = (
-        sa.select(d.id)
-        .join(webhook_messages, webhook_messages.c.id == d.message_id)
+    m = webhook_messages.c
+    of_progress = sa.select(m.id).where(m.job_id.in_(job_ids), m.event_type == EventType.JOB_PROGRESS)
+    connection.execute(
+        sa.update(webhook_deliveries)
         .where(
             d.job_id.in_(job_ids),
             d.status.in_((DeliveryStatus.PENDING, DeliveryStatus.RETRYING)),
-            webhook_messages.c.event_type == EventType.JOB_PROGRESS,
+            d.message_id.in_(of_progress),
         )
+        .values(_superseded(now))
+    )
+
+
+def supersede_overtaken(connection: sa.Connection, delivery_ids: Collection[str], *, now: datetime) -> None:
+    """Of failed attempts to tell progress: those are not tried again whose job got further meanwhile.
+
+    A job whose row somebody else has locked is ending, or got further, at this moment.
+    """
+    job, told, newer = jobs.c, webhook_messages.alias("told"), webhook_messages.alias("newer")
+    about = sa.select(d.job_id).where(d.id.in_(delivery_ids))
+    running = sa.select(job.id).where(job.id.in_(about), job.finished_at.is_(None))
+    free = connection.execute(running.with_for_update(skip_locked=True)).scalars().all()
+    further = sa.exists().where(
+        told.c.id == d.message_id,
+        newer.c.job_id == d.job_id,
+        newer.c.event_type == EventType.JOB_PROGRESS,
+        newer.c.created_at > told.c.created_at,
     )
     connection.execute(
         sa.update(webhook_deliveries)
-        .where(d.id.in_(waiting))
-        .values(status=DeliveryStatus.SUPERSEDED.value, version=d.version + 1, updated_at=now)
+        .where(
+            d.id.in_(delivery_ids),
+            d.status == DeliveryStatus.RETRYING,
+            sa.or_(d.job_id.not_in(free), further),
+        )
+        .values(_superseded(now))
     )
+
+
+def _superseded(now: datetime) -> dict[str, Any]:
+    return {"status": DeliveryStatus.SUPERSEDED.value, "version": d.version + 1, "updated_at": now}
 
 
 def message_id(subject: str, happening: int | str, event_type: str) -> str:

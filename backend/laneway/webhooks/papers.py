@@ -25,9 +25,9 @@ KEPT_CONTEXTS = 100
 class Papers:
     """The opened secrets of one delivery."""
 
-    secrets: Sequence[str]  # newest first
-    private_key: str | None = None
-    headers: Mapping[str, str] = field(default_factory=dict)
+    secrets: Sequence[str] = field(repr=False)  # newest first
+    private_key: str | None = field(default=None, repr=False)
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     certificate: str | None = field(default=None, repr=False)
 
     @classmethod
@@ -99,6 +99,14 @@ def make_context(certificate: str | None, ca_certificate: str | None) -> ssl.SSL
     Verifying the receiver cannot be turned off. Raises ssl.SSLError.
     """
     context = ssl.create_default_context()
+    load_certificates(context, certificate=certificate, ca_certificate=ca_certificate)
+    return context
+
+
+def load_certificates(
+    context: ssl.SSLContext, *, certificate: str | None = None, ca_certificate: str | None = None
+) -> None:
+    """Raises ssl.SSLError, ValueError or TypeError for what is no PEM, or whose key is encrypted."""
     if ca_certificate is not None:
         context.load_verify_locations(cadata=ca_certificate)
     if certificate is not None:
@@ -106,7 +114,7 @@ def make_context(certificate: str | None, ca_certificate: str | None) -> ssl.SSL
         descriptor = os.memfd_create("laneway-client-certificate")
         try:
             os.write(descriptor, certificate.encode())
-            context.load_cert_chain(f"/proc/self/fd/{descriptor}")
+            # With a password, if a wrong one, OpenSSL does not ask the terminal for it.
+            context.load_cert_chain(f"/proc/self/fd/{descriptor}", password="")
         finally:
             os.close(descriptor)
-    return context

@@ -53,6 +53,7 @@ class ErrorClass(StrEnum):
     REDIRECT = "redirect"
     HTTP_4XX = "http_4xx"
     HTTP_5XX = "http_5xx"
+    CHANNEL = "channel"  # a notification's channel could not pass it on
 
 
 @dataclass(frozen=True, slots=True)

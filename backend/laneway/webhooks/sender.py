@@ -10,7 +10,9 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import ssl
 from collections.abc import Callable
+from functools import lru_cache
 from http import HTTPStatus
 from types import SimpleNamespace, TracebackType
 from typing import Any, Self
@@ -35,6 +37,7 @@ MAX_HEADER_CHARACTERS = 256
 # the close on its way is lost, and must count as failed.
 KEEPALIVE_SECONDS = 4.0
 DNS_CACHE_SECONDS = 10
+REMEMBERED_URLS = 1000
 _HEADERS = {
     "User-Agent": f"laneway/{__version__}",
     "Accept-Encoding": "identity",
@@ -53,6 +56,8 @@ class Sender:
         getaddrinfo: GetAddrInfo = socket.getaddrinfo,
     ) -> None:
         self._policy = policy
+        # A pure judgement of the text, the same for each message to a receiver.
+        self._check = lru_cache(REMEMBERED_URLS)(lambda url: check_url(url, policy))
         self._timeout_seconds = timeout_seconds
         self._clock = clock
         self._getaddrinfo = getaddrinfo
@@ -96,7 +101,7 @@ class Sender:
         attempt = _Attempt(self._clock)
         manner = delivery.manner
         try:
-            target = check_url(delivery.url, self._policy)
+            target = self._check(delivery.url)
             body = render(delivery.payload, manner.form, message_id=delivery.message_id)
             attempt.request_bytes = len(body)
             headers = {
@@ -245,8 +250,10 @@ def _explain(error: Exception) -> tuple[ErrorClass, str]:
         case aiohttp.ClientConnectorCertificateError():
             reason = getattr(error.certificate_error, "verify_message", "")
             found = ErrorClass.TLS, f"the certificate was not accepted: {reason}"[:500]
-        case aiohttp.ClientSSLError():
+        case aiohttp.ClientSSLError() | ssl.SSLError():
             found = ErrorClass.TLS, "the TLS handshake failed"
+        case _ if isinstance(error.__cause__, ssl.SSLError):  # TLS 1.3 tells it after the handshake
+            found = ErrorClass.TLS, "the receiver refused the TLS connection, or our certificate"
         case aiohttp.ClientConnectorDNSError():
             found = ErrorClass.DNS, "the name was not found, or its name server did not answer"
         case aiohttp.ClientConnectorError():

@@ -30,10 +30,14 @@ def sign(secret: str, message_id: str, timestamp: int, body: bytes) -> str:
 
     Raises ValueError when `secret` is not base64 (after its `whsec_`) or the id holds a dot.
     """
+    return _signature(secret, signed_bytes(message_id, timestamp, body))
+
+
+def signed_bytes(message_id: str, timestamp: int, body: bytes) -> bytes:
+    """What every kind of signature is made of. Raises ValueError when the id holds a dot."""
     if "." in message_id:
         raise ValueError("a message id must not hold a dot: it would sign the bytes of another message")
-    signed = b"%b.%d.%b" % (message_id.encode(), timestamp, body)
-    return _signature(secret, signed)
+    return b"%b.%d.%b" % (message_id.encode(), timestamp, body)
 
 
 def signature_headers(signatures: Sequence[str], *, message_id: str, timestamp: int) -> dict[str, str]:

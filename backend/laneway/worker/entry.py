@@ -167,11 +167,13 @@ class _Run:
             return
         try:
             with self._database.write() as connection:
-                progress.save(connection, [(job, news)], now=self._clock.now())
+                told = progress.save_and_tell(connection, [(job, news)], now=self._clock.now())
         except (sa.exc.DBAPIError, sa.exc.TimeoutError) as error:
             log.warning("progress_not_saved", error=type(error).__name__)
             return
         self._news.changed([job.job_id])
+        if told:
+            self._news.ring_courier()
 
     def _hear_wishes(self, wishes: list[Wish]) -> None:
         for wish in wishes:

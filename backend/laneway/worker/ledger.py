@@ -142,14 +142,15 @@ class Ledger:
         news, self._untold = list(self._untold.values()), {}
         return news
 
-    def save_progress(self, now: float) -> None:
-        """Write the newest progress, once a second at most."""
+    def save_progress(self, now: float) -> bool:
+        """Write the newest progress, once a second at most; whether a courier has something to do."""
         if not self._progress or now < self._save_at:
-            return
+            return False
         self._save_at = now + SAVE_PROGRESS_SECONDS
         news, self._progress = list(self._progress.values()), {}
         try:
             with self._database.write() as connection:
-                progress.save(connection, news, now=self._clock.now())
+                return progress.save_and_tell(connection, news, now=self._clock.now())
         except (sa.exc.DBAPIError, sa.exc.TimeoutError) as error:
             log.warning("progress_not_saved", error=type(error).__name__)
+            return False

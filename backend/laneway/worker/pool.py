@@ -297,7 +297,8 @@ class PoolWorker:
             self._wake()
 
     def _show(self, now: float) -> None:
-        self._ledger.save_progress(now)
+        if self._ledger.save_progress(now):
+            self._news.ring_courier()
         self._news.progressed(
             [
                 (job.job_id, job.attempt, p.percent, p.message, p.details)

@@ -1,0 +1,174 @@
+"""What each event carries as `data`: the types behind OpenAPI's `webhooks`, with an example of each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, Field, create_model
+from pydantic.json_schema import models_json_schema
+
+from laneway.api.schemas import JobView
+from laneway.domain.events import EventType, SystemEvent
+from laneway.engine.telling import LEFT_OUT
+
+_JOB_FIELDS: dict[str, Any] = {
+    name: (field.annotation, field) for name, field in JobView.model_fields.items() if name not in LEFT_OUT
+}
+
+JobEventData = create_model(
+    "JobEventData",
+    __doc__="A job when the event happened: its fields, without parameters and traceback.",
+    job_id=(str, Field(description="The job's `id`.")),
+    **_JOB_FIELDS,
+    result_truncated=(
+        bool,
+        Field(False, description="The result was too large to send: `result` is null, the job has it."),
+    ),
+)
+
+
+class JobTypeEventData(BaseModel):
+    """How the jobs of one type have been ending."""
+
+    job_type: str
+    failed: int = Field(description="Jobs that failed or timed out.")
+    ended: int = Field(description="Those, and the jobs that completed.")
+    percent: float = Field(description="How many of a hundred may fail.")
+    within_seconds: int
+
+
+class EndpointEventData(BaseModel):
+    """A webhook endpoint that something happened to."""
+
+    endpoint_id: str
+    url: str
+
+
+class EndpointFailingData(EndpointEventData):
+    """An endpoint that keeps failing."""
+
+    percent: int = Field(description="50, 70 or 90: how far it is on its way to being disabled.")
+
+
+class EndpointDisabledData(EndpointEventData):
+    """An endpoint that nothing is sent to any more."""
+
+    reason: str = Field(description="`gone_410`: it answered 410. `failing`: for five days nothing else.")
+
+
+class EndpointTestData(EndpointEventData):
+    """An endpoint that somebody tries out."""
+
+    asked_by: str
+
+
+PAYLOADS: dict[str, type[BaseModel]] = {
+    **dict.fromkeys(EventType, JobEventData),
+    SystemEvent.JOB_TYPE_FAILING: JobTypeEventData,
+    SystemEvent.JOB_TYPE_RECOVERED: JobTypeEventData,
+    SystemEvent.ENDPOINT_FAILING: EndpointFailingData,
+    SystemEvent.ENDPOINT_DISABLED: EndpointDisabledData,
+    SystemEvent.ENDPOINT_RECOVERED: EndpointEventData,
+    SystemEvent.ENDPOINT_TEST: EndpointTestData,
+}
+"""The model of `data`, by event: of every event that is sent."""
+
+_AT = "2026-01-01T12:00:05.000000Z"
+_ENDED = {"finished_at": _AT, "result": None}
+_JOB: dict[str, Any] = {
+    "job_id": "019b7a5e-4c00-7000-8000-000000000001",
+    "tenant_id": "019b7a5e-4c00-7000-8000-00000000000a",
+    "created_by": "alice",
+    "job_type": "report.render",
+    "queue": "default",
+    "priority": "normal",
+    "title": "Quarterly report",
+    "description": None,
+    "tags": ["reports"],
+    "metadata": {"order": 17},
+    "status": "running",
+    "status_reason": None,
+    "progress": 40,
+    "progress_message": "page 4 of 10",
+    "progress_details": None,
+    "result": None,
+    "error": None,
+    "attempt": 1,
+    "retry_count": 0,
+    "max_retries": 3,
+    "retry_delay_seconds": 120.0,
+    "retry_backoff": 2.0,
+    "retry_max_delay_seconds": 3600.0,
+    "retry_jitter": True,
+    "timeout_seconds": 3600,
+    "unique_key": None,
+    "webhook_url": "https://example.com/hooks/laneway",
+    "webhook_events": None,
+    "dead_letter_reason": None,
+    "cancelled_by": None,
+    "cancelled_at": None,
+    "created_at": "2026-01-01T12:00:00.000000Z",
+    "updated_at": _AT,
+    "scheduled_for": None,
+    "expires_at": None,
+    "queued_at": "2026-01-01T12:00:00.000000Z",
+    "started_at": "2026-01-01T12:00:01.000000Z",
+    "finished_at": None,
+    "next_retry_at": None,
+}
+_ERROR = {"type": "ConnectionError", "message": "no route to host", "traceback": None}
+_FAILED = {"status": "failed", "error": _ERROR | {"category": "transient"}, "dead_letter_reason": "exhausted"}
+_LATE = _ERROR | {"type": "JobTimeout", "category": "timeout", "message": "the job ran longer than 3600 s"}
+_WAITED = {"started_at": None, "attempt": 0, "progress": 0, "progress_message": None}
+_ENDPOINT = {
+    "endpoint_id": "019b7a5e-4c00-7000-8000-000000000002",
+    "url": "https://example.com/hooks/laneway",
+}
+_JOB_TYPE = {"job_type": "report.render", "failed": 7, "ended": 20, "percent": 20.0, "within_seconds": 600}
+_EXAMPLES: dict[str, dict[str, Any]] = {
+    EventType.JOB_COMPLETED: _JOB
+    | _ENDED
+    | {"status": "completed", "progress": 100, "result": {"pages": 10}, "progress_message": None},
+    EventType.JOB_FAILED: _JOB | _ENDED | _FAILED,
+    EventType.JOB_TIMEOUT: _JOB
+    | _ENDED
+    | {"status": "timeout", "error": _LATE, "dead_letter_reason": "timeout"},
+    EventType.JOB_CANCELLED: _JOB
+    | _ENDED
+    | _WAITED
+    | {"status": "cancelled", "cancelled_by": "bob", "cancelled_at": _AT},
+    EventType.JOB_EXPIRED: _JOB
+    | _ENDED
+    | _WAITED
+    | {"status": "expired", "expires_at": "2026-01-01T12:00:04.000000Z"},
+    EventType.JOB_RETRYING: _JOB
+    | _FAILED
+    | {
+        "status": "retrying",
+        "retry_count": 1,
+        "dead_letter_reason": None,
+        "next_retry_at": "2026-01-01T12:02:05.000000Z",
+    },
+    EventType.JOB_DEAD_LETTERED: _JOB | _ENDED | _FAILED,
+    EventType.JOB_PROGRESS: _JOB,
+    SystemEvent.JOB_TYPE_FAILING: _JOB_TYPE,
+    SystemEvent.JOB_TYPE_RECOVERED: _JOB_TYPE | {"failed": 2},
+    SystemEvent.ENDPOINT_FAILING: _ENDPOINT | {"percent": 50},
+    SystemEvent.ENDPOINT_DISABLED: _ENDPOINT | {"reason": "failing"},
+    SystemEvent.ENDPOINT_RECOVERED: _ENDPOINT,
+    SystemEvent.ENDPOINT_TEST: _ENDPOINT | {"asked_by": "alice"},
+}
+
+
+def example(event: str) -> dict[str, Any]:
+    """A body that tells of `event`, in the standard format."""
+    return {"type": str(event), "timestamp": _AT, "data": _EXAMPLES[event]}
+
+
+def schemas() -> dict[str, Any]:
+    """The JSON Schemas of all payloads and of what they name, under their names in OpenAPI."""
+    models = dict.fromkeys(PAYLOADS.values())
+    _, made = models_json_schema(
+        [(model, "serialization") for model in models], ref_template="#/components/schemas/{model}"
+    )
+    return dict(made["$defs"])
