@@ -422,7 +422,11 @@ def poison(seen: _Indexed) -> Iterator[Finding]:
         count = _Count()
         for event in events:
             count.add(event)
-            if _is_crash(event) and (job_id, event["attempt"]) not in seen.starts:
+            # A suspect is named before it starts (docs/decisions/0005): its worker may die in between.
+            named = (
+                event["attempt"] > count.charged + 1 and (event["error"] or {}).get("type") == "WorkerLost"
+            )
+            if _is_crash(event) and not named and (job_id, event["attempt"]) not in seen.starts:
                 yield job_id, f"is blamed for a crash of attempt {event['attempt']}, which it never began"
             if _is_crash(event) and count.crashes > limit:
                 yield job_id, f"took down {count.crashes} processes; {limit} are allowed"

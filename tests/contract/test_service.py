@@ -31,13 +31,14 @@ from laneway.clock import FrozenClock, SystemClock, new_id
 from laneway.db import Database
 from laneway.domain.spec import JobSpec
 from laneway.domain.states import FINAL, WAITING, JobStatus
+from laneway.engine import queries
 from laneway.engine.callers import Caller, Role
 from laneway.engine.group_commit import GroupCommit
 from laneway.engine.outcomes import carry_out
-from laneway.engine.queries import JobFilter
+from laneway.engine.queries import JobFilter, Scope
 from laneway.engine.registry import JobType, Registry
 from laneway.engine.service import MAX_METADATA_BYTES, JobService, Prepared
-from laneway.engine.transitions import BackOff, Complete, Release
+from laneway.engine.transitions import BackOff, Cancel, Complete, Release
 from laneway.errors import (
     IllegalTransition,
     InvalidCursor,
@@ -191,6 +192,23 @@ def test_a_unique_key_in_use_is_answered_with_its_holder(service: JobService, la
     assert enqueue(service, unique_key="k", parameters={"name": "second"}) == first
     assert lanes.contents("normal") == [first["id"]]
     assert enqueue(service, STRANGER, unique_key="k")["id"] != first["id"]
+
+
+def test_a_key_whose_holder_ends_while_the_next_job_is_made_is_free(
+    service: JobService, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On PostgreSQL the insert commits by itself: the holder may end before it is looked for."""
+    first = enqueue(service, unique_key="k")
+    find_active = queries.find_active
+
+    def too_late(connection: sa.Connection, scope: Scope, key: str) -> sa.RowMapping | None:
+        monkeypatch.setattr(queries, "find_active", find_active)
+        carry_out(connection, [Cancel(first["id"], by="bob")], now=NOW, actor="bob")
+        return find_active(connection, scope, key)
+
+    monkeypatch.setattr(queries, "find_active", too_late)
+    second = enqueue(service, unique_key="k")
+    assert (second["id"] != first["id"], second["status"]) == (True, "queued")
 
 
 def test_a_unique_key_in_use_is_refused_when_the_caller_wants_that(service: JobService) -> None:

@@ -190,6 +190,14 @@ class JobService:
         return self._admission.admit(prepared, self._create)
 
     def _create(self, prepared: Sequence[Prepared]) -> list[dict[str, Any] | Exception]:
+        answers = self._insert(prepared)
+        again = [p for p, answer in zip(prepared, answers, strict=True) if answer is None]
+        if again:  # the holders of their unique keys ended in between
+            second = iter(self._insert(again))
+            answers = [next(second) if answer is None else answer for answer in answers]
+        return [answer or _taken(p.row.unique_key, None) for p, answer in zip(prepared, answers, strict=True)]
+
+    def _insert(self, prepared: Sequence[Prepared]) -> list[dict[str, Any] | Exception | None]:
         now = self.clock.now()
         with self.database.write_once() as connection:
             made = create(connection, [p.row for p in prepared], now=now)
@@ -484,16 +492,21 @@ def _new_view(prepared: Prepared, now: datetime) -> dict[str, Any]:
     return queries.view(columns)
 
 
-def _holder(connection: sa.Connection, prepared: Prepared) -> dict[str, Any] | UniqueKeyTaken:
-    """The active job that holds the unique key; an error where the request wants one, or may not see it."""
-    key = prepared.row.unique_key or ""
-    row = queries.find_active(connection, prepared.scope, key)
-    if row is not None and prepared.spec.on_conflict == "return_existing":
+def _holder(connection: sa.Connection, prepared: Prepared) -> dict[str, Any] | UniqueKeyTaken | None:
+    """The active job that holds the unique key; an error where the request wants one, or may not see it.
+
+    None when there is none any more.
+    """
+    row = queries.find_active(connection, Scope(prepared.row.tenant_id), prepared.row.unique_key or "")
+    if row is None:
+        return None
+    visible = prepared.scope.subject in (None, row["created_by"])
+    if visible and prepared.spec.on_conflict == "return_existing":
         return queries.view(row)
-    return _taken(key, row)
+    return _taken(prepared.row.unique_key, row if visible else None)
 
 
-def _taken(key: str, holder: sa.RowMapping | None) -> UniqueKeyTaken:
+def _taken(key: str | None, holder: sa.RowMapping | None) -> UniqueKeyTaken:
     facts = {} if holder is None else {"job_id": holder["id"]}
     return UniqueKeyTaken(f"an active job holds the unique key {key!r}", **facts)
 
