@@ -32,11 +32,12 @@ def main() -> None:
 def shorten() -> None:
     """Also for the harness: the checker knows how long a crashed job must have waited."""
     from laneway.domain import retry
-    from laneway.webhooks import courier, retries
+    from laneway.webhooks import courier, health, messages
 
     retry.CRASH_DELAY_SECONDS, retry.CRASH_MAX_DELAY_SECONDS = 0.5, 2.0
-    retries.QUICK_SECONDS = (0.5, 1.0)
-    courier.LEASE_MARGIN_SECONDS = 3.0
+    messages.QUICK_SECONDS = (0.5, 1.0)
+    health.BREAKER_SECONDS, health.BREAKER_MAX_SECONDS = 1.0, 2.0
+    courier.LEASE_MARGIN_SECONDS, courier.MAX_TIMEOUT_SECONDS = 3.0, 0.0
 
 
 def _wrong_clock(path: Path) -> None:

@@ -71,7 +71,7 @@ def tell(
     at = NOW - age
     job_id = add_job(database, JobStatus.COMPLETED, **({"finished_at": at} | job))
     url = "https://example.org/all" if endpoint_id else "https://example.org/own"
-    target = Target(endpoint_id or new_id(), url, endpoint_id, [5.0, 300.0])
+    target = Target(endpoint_id or new_id(), url, [5.0, 300.0], endpoint_id)
     told = Told(
         message_id(job_id, 3, event_type),
         TENANT,

@@ -16,6 +16,7 @@ from laneway.domain.states import JobStatus
 from laneway.engine import recoveries, webhook_ledger
 from laneway.engine.callers import Role
 from laneway.webhooks.messages import Target, Told, message_id, record
+from laneway.webhooks.retries import QUICK_SECONDS
 from webhook_office import Office
 from webhook_receiver import Receiver, in_turn
 
@@ -37,7 +38,7 @@ def told(
     job_id = add_job(
         api.database, JobStatus.COMPLETED, tenant_id=api.tenant_id, created_by=by, finished_at=at
     )
-    target = Target(endpoint_id or new_id(), URL, endpoint_id)
+    target = Target(endpoint_id or new_id(), URL, QUICK_SECONDS, endpoint_id)
     about = {"job_id": job_id} | data
     event = Told(message_id(job_id, 3, event_type), api.tenant_id, event_type, about, by, [target], job_id, 3)
     d = models.webhook_deliveries

@@ -21,6 +21,7 @@ from laneway.webhooks.deliveries import Claimed, Deliveries, Postponed, Room
 from laneway.webhooks.health import FIRST_CAP
 from laneway.webhooks.messages import Target, Told, message_id, record
 from laneway.webhooks.pace import MAX_IN_FLIGHT, MAX_PER_TARGET, Pace
+from laneway.webhooks.retries import QUICK_SECONDS
 from servers import wait_until
 from webhook_office import Office
 from webhook_receiver import Receiver, hang
@@ -117,7 +118,7 @@ def test_one_crowded_origin_hides_nobody_behind_it(office: Office) -> None:
         told = []
         for _ in range(60):
             job_id, endpoint = new_id(), new_id()
-            targets = [Target(endpoint, "http://127.0.0.1:9000/x")]
+            targets = [Target(endpoint, "http://127.0.0.1:9000/x", QUICK_SECONDS)]
             identity = message_id(job_id, 1, "job.completed")
             told.append(Told(identity, office.tenant_id, "job.completed", {}, "a", targets, job_id, 1))
         record(connection, told, now=office.clock.now() - timedelta(seconds=60))

@@ -354,7 +354,7 @@ class Endpoints:
                 event_type=SystemEvent.ENDPOINT_TEST.value,
                 data={"endpoint_id": endpoint_id, "url": row["url"], "asked_by": by},
                 created_by=by,
-                targets=[Target(endpoint_id, row["url"], endpoint_id, retry_schedule=())],
+                targets=[Target(endpoint_id, row["url"], (), endpoint_id)],
             )
             record(connection, [told], now=now, trigger="test")
             d = webhook_deliveries.c

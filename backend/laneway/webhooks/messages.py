@@ -44,23 +44,23 @@ class Target:
 
     id: str  # whose health counts (webhooks/health.py)
     url: str
+    retry_schedule: Sequence[float]
     endpoint_id: str | None = None
-    retry_schedule: Sequence[float] = QUICK_SECONDS
     skipped: bool = False  # the endpoint is disabled: noted for a replay, not sent
     channel: str = "webhook"
 
     @classmethod
     def own(cls, tenant_id: str, url: str) -> Target:
         """A job's own URL."""
-        return cls(target_of(tenant_id, url), url)
+        return cls(target_of(tenant_id, url), url, QUICK_SECONDS)
 
     @classmethod
     def endpoint(cls, subscriber: Subscriber) -> Target:
         return cls(
             subscriber.id,
             subscriber.url,
-            subscriber.id,
             subscriber.retry_schedule,
+            subscriber.id,
             skipped=subscriber.status == "disabled",
         )
 
@@ -68,7 +68,7 @@ class Target:
     def notified(cls, tenant_id: str, address: str) -> Target:
         """A channel of the operator's, as `notify.rules` addresses it: `kind:name`."""
         kind = address.partition(":")[0]
-        return cls(target_of(tenant_id, address), address, retry_schedule=STANDARD_SECONDS, channel=kind)
+        return cls(target_of(tenant_id, address), address, STANDARD_SECONDS, channel=kind)
 
 
 @dataclass(frozen=True, slots=True)
