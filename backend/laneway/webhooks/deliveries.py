@@ -30,7 +30,7 @@ from laneway.webhooks.retries import Answer, DeliveryStatus, Verdict
 from laneway.webhooks.secrets import live_secrets
 
 CLAIM_ROWS = 64
-MAX_LOOKS = 4
+LOOKS = 4
 PRIORITIES = (0, 1)  # live, recovered
 TEST = "test"  # this trigger reaches paused endpoints and blocked targets: somebody wants to know
 # Written out, not bound: only so do both stores see that the partial index serves.
@@ -284,7 +284,7 @@ class Deliveries:
         picked: Sequence[Candidate] = ()
         refused: set[str] = set()
         more, looks = True, 0
-        while more and not picked and looks < MAX_LOOKS:
+        while more and not picked and looks < LOOKS:
             query = (
                 _due(sa.select(*_CANDIDATE), room, now=now, passed_over=refused)
                 .outerjoin(h, h.c.target_id == d.c.target_id)

@@ -18,7 +18,7 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from laneway.webhooks.guard import ALLOWED_CIDRS, Policy, classify
 
 DNS_THREADS = 64
-MAX_STUCK_THREADS = 8  # past it, names whose server did not answer last time are not asked for
+STUCK_THREADS = 8  # past it, names whose server did not answer last time are not asked for
 REMEMBERED_NAMES = 1000
 DNS_TIMEOUT_SECONDS = 2.0
 
@@ -59,7 +59,7 @@ class GuardResolver(AbstractResolver):
         Raises AddressRefused when one may not, OSError when the name does not resolve in time.
         """
         self._stuck = [each for each in self._stuck if not each.done()]
-        if host in self._slow and len(self._stuck) >= MAX_STUCK_THREADS:
+        if host in self._slow and len(self._stuck) >= STUCK_THREADS:
             raise OSError("the name server did not answer in time, and others do not either")
         look_up = self._threads.submit(self._getaddrinfo, host, port, family=family, type=socket.SOCK_STREAM)
         try:
