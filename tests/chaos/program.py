@@ -29,12 +29,18 @@ def main() -> None:
     laneway(sys.argv[1:])
 
 
-def shorten() -> None:
+def shorten_crashes() -> None:
     """Also for the harness: the checker knows how long a crashed job must have waited."""
     from laneway.domain import retry
-    from laneway.webhooks import courier, health, messages
 
     retry.CRASH_DELAY_SECONDS, retry.CRASH_MAX_DELAY_SECONDS = 0.5, 2.0
+
+
+def shorten() -> None:
+    """For the processes alone: a test process would go on with it in other tests."""
+    from laneway.webhooks import courier, health, messages
+
+    shorten_crashes()
     messages.QUICK_SECONDS = (0.5, 1.0)
     health.BREAKER_SECONDS, health.BREAKER_MAX_SECONDS = 1.0, 2.0
     courier.LEASE_MARGIN_SECONDS, courier.MAX_TIMEOUT_SECONDS = 3.0, 0.0

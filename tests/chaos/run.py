@@ -66,7 +66,7 @@ def run(plan: Plan, folder: Path, *, mutant: str = "", grown_percent_per_hour: f
     began = time.monotonic()
     folder.mkdir(parents=True)
     (folder / "plan.json").write_text(json.dumps(plan.as_json(), indent=1))
-    program.shorten()
+    program.shorten_crashes()
     result = Result(plan, folder)
     with Ground(folder, store=plan.store, mutant=mutant) as ground, Post(ground) as post:
         scene = Scene(ground, post.moody, post.misbehaviours())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from datetime import UTC, datetime
 from typing import Any
 
@@ -18,7 +19,7 @@ from laneway.engine.callers import Role, key_id_of, make_key
 OPERATIONS = [
     (
         method.upper(),
-        path.removeprefix("/api/v1").format(job_id=new_id(), worker_id=new_id(), name="demo.echo"),
+        path.removeprefix("/api/v1").format_map(defaultdict(new_id, name="demo.echo")),
     )
     for path, methods in reference().document["paths"].items()
     for method, operation in methods.items()
@@ -120,7 +121,7 @@ def without_ids(response: httpx.Response, job_id: str) -> tuple[int, str]:
 def test_a_job_of_others_is_the_same_404_as_no_job(each_api: LocalApi, status: JobStatus) -> None:
     of_bob = add_job(each_api.database, status, tenant_id=each_api.tenant_id, created_by="bob")
     elsewhere = add_job(each_api.database, status, tenant_id=each_api.tenant("other"), created_by="alice")
-    assert len(OF_A_JOB) == 9
+    assert len(OF_A_JOB) == 10
     for method, path in OF_A_JOB:
         *_, tail = path.partition("/jobs/")[2].partition("/")
         answers = set()

@@ -374,7 +374,7 @@ class Conformance(RuleBasedStateMachine):
         assert done.refused == []
         assert done.stale == [job for (job, _), e in settled if isinstance(e, Denied)]
         assert [(s.job, s.status, s.webhook) for s in done.settled] == [
-            (job, e.status, self.world.jobs[job.job_id]["webhook_url"] is not None)
+            (job, e.status, self.world.tells(job.job_id, e.status))
             for (job, _), e in settled
             if isinstance(e, Made)
         ]

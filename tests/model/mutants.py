@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from laneway import models
 from laneway.db import Moment
 from laneway.domain.states import RULES, Action, JobStatus
-from laneway.engine import outcomes, progress, queries, reaper, transitions
+from laneway.engine import progress, queries, reaper, telling, transitions
 from laneway.engine.transitions import BackOff, Claim, HeldMove, Move, Outcome, Release, Retry
 
 Mutant = Callable[[pytest.MonkeyPatch], None]
@@ -84,7 +84,7 @@ def _turned_round(patch: pytest.MonkeyPatch) -> None:
 
 
 def _no_messages(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(outcomes, "record", lambda *_a, **_k: 0)
+    patch.setattr(telling, "record", lambda *_a, **_k: 0)
 
 
 def _tenants_share(patch: pytest.MonkeyPatch) -> None:

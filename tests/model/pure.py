@@ -153,6 +153,12 @@ class World:
         """The columns of `jobs` that the model knows."""
         return {*NewJob.__slots__, *_FRESH}
 
+    def tells(self, job_id: str, status: str) -> bool:
+        """Whether somebody is sent a webhook about a job that came to `status`."""
+        row = self.jobs[job_id]
+        listed = row["webhook_events"] is None or f"job.{status}" in row["webhook_events"]
+        return status in FINAL and row["webhook_url"] is not None and listed
+
     # Making jobs
 
     def create(self, new: NewJob, *, now: datetime) -> bool:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from laneway.domain.events import EVENT_OF
 from laneway.domain.states import ACTIVE, FINAL, Action, JobStatus
 from laneway.engine.reaper import MASS_WORKERS, Verdict, WorkerSeen
-from laneway.webhooks.retries import MAX_ATTEMPTS, DeliveryStatus
+from laneway.webhooks.retries import QUICK_SECONDS, DeliveryStatus
 from simulation.kernel import EPOCH, Process, Thread
 from simulation.scale import LANE_WINDOW, LEASE_SECONDS, STALL_SECONDS, UNHEARD_SECONDS
 from simulation.store import Event, Row, WorkerRow
@@ -201,7 +201,7 @@ def _messages(world: World, job_id: str, row: Row) -> None:
         match delivery.status:
             case DeliveryStatus.DELIVERED if not delivery.received:
                 world.complain("I9 message", f"of event {seq}: delivered, and never received", job_id)
-            case DeliveryStatus.DEAD if delivery.attempt_count < MAX_ATTEMPTS:
+            case DeliveryStatus.DEAD if delivery.attempt_count <= len(QUICK_SECONDS):
                 said = f"of event {seq}: given up after {delivery.attempt_count} attempts"
                 world.complain("I9 message", said, job_id)
             case DeliveryStatus.DELIVERED | DeliveryStatus.DEAD:

@@ -12,7 +12,14 @@ from laneway.engine.reaper import LIVING, Orphan, Verdict, Watch, WorkerSeen, ta
 from laneway.engine.transitions import Applied, Enqueue, Expire, Outcome
 from laneway.engine.upkeep import DUE_BY, missing
 from laneway.lanes.backend import LanesUnavailable
-from laneway.webhooks.retries import MAX_ATTEMPTS, Answer, DeliveryStatus, ErrorClass, judge
+from laneway.webhooks.retries import (
+    QUICK_SECONDS,
+    Answer,
+    DeliveryStatus,
+    ErrorClass,
+    Timings,
+    judge,
+)
 from simulation import checks
 from simulation.kernel import Process, Thread
 from simulation.scale import COURIER_LEASE_SECONDS, CRASH_LIMIT, LANE_WINDOW, LEASE_SECONDS, TICK_SECONDS
@@ -232,7 +239,7 @@ class Courier:
             for delivery in due:
                 early = not self._world.design.settle_after_send
                 if early:
-                    yield from self._settle(delivery, Answer(kernel.clock(self._process), 1, 200))
+                    yield from self._settle(delivery, Answer(kernel.clock(self._process), Timings(1), 200))
                 yield 0.1
                 answer = self._send(delivery)
                 if not early:
@@ -259,15 +266,23 @@ class Courier:
     def _send(self, delivery: Delivery) -> Answer:
         now = self._world.kernel.clock(self._process)
         if self._world.store.faults and self._world.rng.random() < 0.1:
-            return Answer(now, 1, 500, ErrorClass.HTTP_5XX)
+            return Answer(now, Timings(1), 500, ErrorClass.HTTP_5XX)
         delivery.received += 1
         self._world.note("receiver", f"hears of the end {delivery.seq}", delivery.job_id)
-        return Answer(now, 1, 200)
+        return Answer(now, Timings(1), 200)
 
     def _settle(self, delivery: Delivery, answer: Answer) -> Thread:
         now = self._world.kernel.clock(self._process)
         attempt = delivery.attempt_count
-        verdict = judge(answer, attempt=attempt, max_attempts=MAX_ATTEMPTS, now=now, rng=self._world.rng)
+        verdict = judge(
+            answer,
+            attempt=attempt,
+            max_attempts=len(QUICK_SECONDS) + 1,
+            schedule=QUICK_SECONDS,
+            give_up_at=None,
+            now=now,
+            rng=self._world.rng,
+        )
 
         def settle() -> None:
             if delivery.owner == self._id:

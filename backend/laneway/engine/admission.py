@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 COUNT_SECONDS = 1.0
 COUNT_PAUSE = 20  # times as long as the count took
 SHARE = 0.05
+COUNTS = 3  # at most, before somebody is refused: another's count may have begun too early to be exact
 FACTORS = {Priority.LOW: 1, Priority.NORMAL: 2}
 """A priority's limit as a multiple of the setting; more urgent jobs have none."""
 
@@ -117,11 +118,12 @@ class Admission:
         return [next(following) if refusal is None else refusal for refusal in refusals]
 
     def _reserve(self, wanted: Sequence[Prepared]) -> list[LanewayError | None]:
-        with self._lock:
-            if not self._must_count(wanted):
-                return self._let_in_all(wanted)
-            seen = self._count_at
-        self._count(unless_after=seen)
+        for _ in range(COUNTS):
+            with self._lock:
+                if not self._must_count(wanted):
+                    return self._let_in_all(wanted)
+                seen = self._count_at
+            self._count(unless_after=seen)
         with self._lock:
             return self._let_in_all(wanted)
 
