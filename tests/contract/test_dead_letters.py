@@ -21,7 +21,7 @@ from factories import (
     status_of,
 )
 from laneway import models
-from laneway.clock import FrozenClock, new_id
+from laneway.clock import FrozenClock, first_id, new_id
 from laneway.db import Database
 from laneway.domain.retry import DeadLetterReason
 from laneway.domain.states import FINAL, JobStatus
@@ -91,9 +91,10 @@ def test_the_list_holds_dead_letters_and_nothing_else_newest_first(
 def test_a_filter_finds_what_it_says_and_its_moments_are_exclusive(
     service: JobService, database: Database
 ) -> None:
-    plain = dead(database)
+    plain = dead(database, id=first_id(NOW))
     other = dead(
         database,
+        id=first_id(NOW + HOUR),
         job_type="demo.other",
         queue="emails",
         dead_letter_reason="poison",

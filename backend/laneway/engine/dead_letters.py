@@ -22,6 +22,7 @@ from laneway.engine import queries
 from laneway.engine.callers import Caller
 from laneway.engine.group_commit import commit_each
 from laneway.engine.outcomes import carry_out
+from laneway.engine.queries import Clauses, between, equal_to, made_between
 from laneway.engine.retention import BATCH_ROWS, delete_jobs
 from laneway.engine.service import JobService, find_dead_letter, scope_of
 from laneway.engine.transitions import Applied, Outcome, Retry, RetryLater
@@ -31,7 +32,6 @@ MAX_BULK = 10_000
 MAX_SAMPLE = 10
 
 j = models.jobs.c
-_Clauses = list[sa.ColumnElement[bool]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,24 +46,15 @@ class DeadLetterFilter:
     finished_after: datetime | None = None
     finished_before: datetime | None = None
 
-    def clauses(self) -> _Clauses:
-        wanted: _Clauses = [j.dead_letter_reason.is_not(None)]
-        for column, value in (
-            (j.job_type, self.job_type),
-            (j.queue, self.queue),
-            (j.dead_letter_reason, self.reason),
-        ):
-            if value is not None:
-                wanted.append(column == str(value))
-        for column, after, before in (
-            (j.created_at, self.created_after, self.created_before),
-            (j.finished_at, self.finished_after, self.finished_before),
-        ):
-            if after is not None:
-                wanted.append(column > after)
-            if before is not None:
-                wanted.append(column < before)
-        return wanted
+    def clauses(self) -> Clauses:
+        return [
+            j.dead_letter_reason.is_not(None),
+            *equal_to(
+                (j.job_type, self.job_type), (j.queue, self.queue), (j.dead_letter_reason, self.reason)
+            ),
+            *made_between(models.jobs, self.created_after, self.created_before),
+            *between(j.finished_at, self.finished_after, self.finished_before),
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +183,7 @@ def purge(
 
 
 def _retry(
-    service: JobService, caller: Caller, moves: Sequence[Retry | RetryLater], clauses: _Clauses
+    service: JobService, caller: Caller, moves: Sequence[Retry | RetryLater], clauses: Clauses
 ) -> list[Applied]:
     """Make the moves of jobs that still match, in one transaction; those that were made.
 
@@ -230,17 +221,17 @@ def _key_is_held() -> sa.ColumnElement[bool]:
     )
 
 
-def _oldest(clauses: _Clauses, *columns: sa.ColumnElement[Any], after: str, limit: int) -> sa.Select[Any]:
+def _oldest(clauses: Clauses, *columns: sa.ColumnElement[Any], after: str, limit: int) -> sa.Select[Any]:
     query = sa.select(*columns).where(*clauses).order_by(j.id).limit(limit)
     return query.where(j.id > after) if after else query
 
 
-def _count(connection: sa.Connection, clauses: _Clauses, *, up_to: int = queries.MAX_COUNTED) -> int:
+def _count(connection: sa.Connection, clauses: Clauses, *, up_to: int = queries.MAX_COUNTED) -> int:
     some = sa.select(j.id).where(*clauses).limit(up_to).subquery()
     return connection.execute(sa.select(sa.func.count()).select_from(some)).scalar_one()
 
 
-def _forecast(service: JobService, clauses: _Clauses, skipped: _Clauses, *, limit: int) -> Bulk:
+def _forecast(service: JobService, clauses: Clauses, skipped: Clauses, *, limit: int) -> Bulk:
     with service.database.read() as connection:
         matching = _count(connection, clauses, up_to=limit + queries.MAX_COUNTED)
         sample = _oldest(clauses, j.id, after="", limit=min(limit, MAX_SAMPLE))

@@ -122,10 +122,13 @@ def find_active(connection: sa.Connection, scope: Scope, unique_key: str) -> sa.
     return connection.execute(active).mappings().first()
 
 
+Clauses = list[sa.ColumnElement[bool]]
+
+
 class Filter(Protocol):
     """Which jobs a list holds. Its `repr` tells it from every other."""
 
-    def clauses(self) -> list[sa.ColumnElement[bool]]: ...
+    def clauses(self) -> Clauses: ...
 
 
 def _in_statuses(statuses: Sequence[JobStatus]) -> sa.ColumnElement[bool]:
@@ -135,6 +138,29 @@ def _in_statuses(statuses: Sequence[JobStatus]) -> sa.ColumnElement[bool]:
     """
     wanted = sa.or_(*(sa.literal_column(f"jobs.status = '{status.value}'") for status in statuses))
     return sa.and_(wanted, j.finished_at.is_not(None)) if FINAL.issuperset(statuses) else wanted
+
+
+def equal_to(*wanted: tuple[sa.ColumnElement[Any], object]) -> Clauses:
+    """The columns that shall have a value; None means any."""
+    return [column == str(value) for column, value in wanted if value is not None]
+
+
+def between(column: sa.ColumnElement[Any], after: datetime | None, before: datetime | None) -> Clauses:
+    """A range of moments, without its ends; None is open."""
+    return [
+        *([column > after] if after is not None else []),
+        *([column < before] if before is not None else []),
+    ]
+
+
+def made_between(table: sa.Table, after: datetime | None, before: datetime | None) -> Clauses:
+    """A range of `created_at`. Lists are walked by id: the bounds of the ids spare them the rest."""
+    ids = table.c.id
+    return [
+        *between(table.c.created_at, after, before),
+        *([ids > first_id(after, seconds=-ID_SLACK_SECONDS)] if after is not None else []),
+        *([ids < first_id(before, seconds=ID_SLACK_SECONDS)] if before is not None else []),
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,28 +174,12 @@ class JobFilter:
     created_after: datetime | None = None
     created_before: datetime | None = None
 
-    def clauses(self) -> list[sa.ColumnElement[bool]]:
-        wanted: list[sa.ColumnElement[bool]] = []
-        if self.statuses:
-            wanted.append(_in_statuses(self.statuses))
-        for column, value in (
-            (j.job_type, self.job_type),
-            (j.queue, self.queue),
-            (j.priority, self.priority),
-        ):
-            if value is not None:
-                wanted.append(column == str(value))
-        if self.created_after is not None:
-            wanted += [
-                j.created_at > self.created_after,
-                j.id > first_id(self.created_after, seconds=-ID_SLACK_SECONDS),
-            ]
-        if self.created_before is not None:
-            wanted += [
-                j.created_at < self.created_before,
-                j.id < first_id(self.created_before, seconds=ID_SLACK_SECONDS),
-            ]
-        return wanted
+    def clauses(self) -> Clauses:
+        return [
+            *([_in_statuses(self.statuses)] if self.statuses else []),
+            *equal_to((j.job_type, self.job_type), (j.queue, self.queue), (j.priority, self.priority)),
+            *made_between(models.jobs, self.created_after, self.created_before),
+        ]
 
 
 def page_of_jobs(

@@ -9,8 +9,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from laneway.clock import first_id
-from laneway.engine.queries import ID_SLACK_SECONDS, Scope, find_job, stamp
+from laneway.engine.queries import Clauses, Scope, equal_to, find_job, made_between, stamp
 from laneway.errors import Conflict, DeliveryNotFound, JobNotFound
 from laneway.models import webhook_attempts, webhook_endpoints, webhook_messages
 from laneway.models import webhook_deliveries as deliveries
@@ -70,28 +69,14 @@ class DeliveryFilter:
     created_after: datetime | None = None
     created_before: datetime | None = None
 
-    def clauses(self) -> list[sa.ColumnElement[bool]]:
-        wanted: list[sa.ColumnElement[bool]] = []
-        if self.statuses:
-            wanted.append(d.status.in_(self.statuses))
-        for column, value in (
-            (m.event_type, self.event_type),
-            (d.endpoint_id, self.endpoint_id),
-            (d.job_id, self.job_id),
-        ):
-            if value is not None:
-                wanted.append(column == str(value))
-        if self.created_after is not None:
-            wanted += [
-                d.created_at > self.created_after,
-                d.id > first_id(self.created_after, seconds=-ID_SLACK_SECONDS),
-            ]
-        if self.created_before is not None:
-            wanted += [
-                d.created_at < self.created_before,
-                d.id < first_id(self.created_before, seconds=ID_SLACK_SECONDS),
-            ]
-        return wanted
+    def clauses(self) -> Clauses:
+        return [
+            *([d.status.in_(self.statuses)] if self.statuses else []),
+            *equal_to(
+                (m.event_type, self.event_type), (d.endpoint_id, self.endpoint_id), (d.job_id, self.job_id)
+            ),
+            *made_between(deliveries, self.created_after, self.created_before),
+        ]
 
 
 def page(
