@@ -50,6 +50,7 @@ _NEXT_STEP = {
 }
 
 Job = dict[str, Any]
+PAGE = 200  # entries, the most the API gives at once
 
 
 class Client:
@@ -85,6 +86,17 @@ class Client:
         """The answer's JSON."""
         with self._reaching():
             return self._answer(self._http.get(path, params=query))
+
+    def pages(self, path: str, *, limit: int, **query: Any) -> list[Job]:
+        """The first `limit` entries of a list, over as many pages as it takes."""
+        found: list[Job] = []
+        while len(found) < limit:
+            page = self.get(path, **query, limit=min(PAGE, limit - len(found)))
+            found += page["data"]
+            if not page["has_more"]:
+                break
+            query["cursor"] = page["next_cursor"]
+        return found
 
     def post(self, path: str, body: Any) -> Any:
         """The answer's JSON."""

@@ -15,8 +15,6 @@ from laneway.cli import show
 from laneway.cli.client import Client, Job
 from laneway.cli.jobs import AsJson, JobId, retry_at
 
-PAGE = 200
-
 dlq = typer.Typer(help="Dead letters: jobs that failed for good.", no_args_is_help=True)
 
 JobType = Annotated[str | None, typer.Option("--type", help="Of this job type.")]
@@ -41,15 +39,9 @@ def ls(
     as_json: AsJson = False,
 ) -> None:
     """List dead letters, newest first."""
-    query: Job = _choice(job_type, queue, reason, after, before)
-    found: list[Job] = []
+    choice = _choice(job_type, queue, reason, after, before)
     with Client.from_environment() as client:
-        while len(found) < limit:
-            page = client.get("/dead-letters", **query, limit=min(PAGE, limit - len(found)))
-            found += page["data"]
-            if not page["has_more"]:
-                break
-            query["cursor"] = page["next_cursor"]
+        found = client.pages("/dead-letters", limit=limit, **choice)
     if show.for_eyes(as_json=as_json):
         found = [each | {"error": _short(each["error"])} for each in found]
     columns = {

@@ -14,7 +14,7 @@ from urllib.parse import quote
 import typer
 
 from laneway.cli import show
-from laneway.cli.client import Client, Job
+from laneway.cli.client import Client
 from laneway.cli.environment import listen as bind
 from laneway.cli.environment import read_settings
 from laneway.cli.exits import ExitCode
@@ -25,7 +25,6 @@ from laneway.errors import LanewayError, NotFound
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-PAGE = 200
 TEST_SECONDS = 60.0
 LOOK_SECONDS = 0.2
 _ON_ITS_WAY = ("pending", "sending", "retrying")
@@ -58,15 +57,10 @@ def ls(
         "created_after": after,
         "created_before": before,
     }
-    query: Job = {name: value for name, value in said.items() if value}
-    found: list[Job] = []
     with Client.from_environment() as client:
-        while len(found) < limit:
-            page = client.get("/webhooks/deliveries", **query, limit=min(PAGE, limit - len(found)))
-            found += page["data"]
-            if not page["has_more"]:
-                break
-            query["cursor"] = page["next_cursor"]
+        found = client.pages(
+            "/webhooks/deliveries", limit=limit, **{name: value for name, value in said.items() if value}
+        )
     columns = {
         "id": "id",
         "event_type": "event",
