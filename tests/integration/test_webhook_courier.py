@@ -61,6 +61,7 @@ def test_an_end_arrives_once_signed_and_is_written_down(office: Office) -> None:
     [attempt] = office.attempts(job_id)
     assert (attempt["number"], attempt["status_code"], attempt["response_body"]) == (1, 200, "thanks")
     assert (attempt["error_class"], attempt["tenant_id"]) == (None, office.tenant_id)
+    assert (attempt["remote_ip"], attempt["request_bytes"]) == ("127.0.0.1", len(request.body))
     after = office.job(job_id)
     changed = {key for key in after if after[key] != before[key]}
     assert changed == {"webhook_attempts", "webhook_delivered", "version", "updated_at"}

@@ -76,6 +76,7 @@ class Sender:
         self._session = aiohttp.ClientSession(
             connector=connector,
             trace_configs=[_trace()],
+            response_class=_Response,
             headers=_HEADERS,
             trust_env=False,
             cookie_jar=aiohttp.DummyCookieJar(),
@@ -129,6 +130,17 @@ class Sender:
         return attempt.answer()
 
 
+class _Response(aiohttp.ClientResponse):
+    """One that remembers whom it came from: a short answer has let go of its connection when it is read."""
+
+    peer: tuple[Any, ...] | None = None
+
+    async def start(self, connection: aiohttp.connector.Connection) -> aiohttp.ClientResponse:
+        if connection.transport is not None:
+            self.peer = connection.transport.get_extra_info("peername")
+        return await super().start(connection)
+
+
 class _Attempt:
     """What is noted while an attempt is made."""
 
@@ -161,9 +173,7 @@ class _Attempt:
             for name in KEPT_HEADERS
             if (value := response.headers.get(name)) is not None
         }
-        transport = response.connection and response.connection.transport
-        peer = transport.get_extra_info("peername") if transport else None
-        self._remote_ip = peer[0] if peer else None
+        self._remote_ip = response.peer[0] if isinstance(response, _Response) and response.peer else None
 
     async def read_start(self, response: aiohttp.ClientResponse) -> None:
         while len(self._body) < MAX_RESPONSE_BYTES:
