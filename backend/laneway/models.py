@@ -385,6 +385,10 @@ webhook_deliveries = sa.Table(
     postgresql_with={"fillfactor": 70},
 )
 
+# Written out, not bound: only so do both stores see that the partial indexes serve.
+open_delivery: sa.ColumnElement[bool] = sa.literal_column(f"webhook_deliveries.{_OPEN_DELIVERY}")
+"""The condition of a delivery that waits to be sent, or sent again."""
+
 webhook_attempts = sa.Table(
     "webhook_attempts",
     metadata,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from factories import NOW, TENANT, add_job, add_worker, change
+from factories import NOW, TENANT, add_endpoint, add_job, add_worker, change
 from laneway import models
 from laneway.clock import SystemClock, new_id
 from laneway.db import Database
@@ -199,6 +199,25 @@ def late_delivery(database: Database) -> str:
     job_id = add_job(database, JobStatus.FAILED, webhook_url=URL)
     late = LATER - timedelta(minutes=10, seconds=1)
     return add_delivery(database, add_message(database, job_id), job_id, status="retrying", next_at=late)
+
+
+def late_for(database: Database, **endpoint: Any) -> str:
+    endpoint_id = add_endpoint(database, "job.failed", **endpoint)
+    job_id = add_job(database, JobStatus.FAILED)
+    to = {"endpoint_id": endpoint_id, "target_id": endpoint_id}
+    late = LATER - timedelta(minutes=10, seconds=1)
+    return add_delivery(database, add_message(database, job_id), job_id, status="pending", next_at=late, **to)
+
+
+@defect("late_deliveries")
+def late_for_an_endpoint(database: Database) -> str:
+    return late_for(database)
+
+
+def test_what_waits_for_a_paused_endpoint_or_for_its_turn_is_not_late(healthy: Database) -> None:
+    late_for(healthy, status="paused")
+    late_for(healthy, in_order=True)
+    assert found(healthy) == {}
 
 
 @defect("lost_deliveries")

@@ -221,8 +221,14 @@ def _uncarried_messages(view: _View) -> Sequence[str]:
 
 
 def _late_deliveries(view: _View) -> Sequence[str]:
-    due = _written("webhook_deliveries.status IN ('pending', 'retrying')")
-    return view.ids(sa.select(d.id).where(due, d.next_at < view.now - COURIER_PATIENCE).order_by(d.next_at))
+    """Of the oldest that are due: what waits for a paused endpoint, or for its turn, waits rightly."""
+    due = sa.select(d.id, d.endpoint_id).where(models.open_delivery, d.next_at < view.now - COURIER_PATIENCE)
+    oldest = due.order_by(d.priority, d.next_at, d.id).limit(RECENT).subquery()
+    rightly = sa.exists().where(
+        models.webhook_endpoints.c.id == oldest.c.endpoint_id,
+        sa.or_(models.webhook_endpoints.c.status != "enabled", models.webhook_endpoints.c.in_order),
+    )
+    return view.ids(sa.select(oldest.c.id).where(~rightly))
 
 
 def _lost_deliveries(view: _View) -> Sequence[str]:

@@ -18,23 +18,21 @@ import sqlalchemy as sa
 from laneway.clock import new_id
 from laneway.db import Database, Moment, Rows
 from laneway.domain.events import EventType
-from laneway.models import tenants, webhook_messages
+from laneway.models import open_delivery, tenants, webhook_messages
 from laneway.models import webhook_deliveries as d
 from laneway.models import webhook_endpoints as e
 from laneway.models import webhook_health as h
 from laneway.webhooks import endpoint_health
 from laneway.webhooks.formats import Format
 from laneway.webhooks.health import SUSPECT_FAILURES, BlockedReason, Health
-from laneway.webhooks.messages import supersede_overtaken
-from laneway.webhooks.retries import Answer, DeliveryStatus, Verdict
+from laneway.webhooks.messages import TEST, supersede_overtaken
+from laneway.webhooks.retries import UNDONE, Answer, DeliveryStatus, Verdict
 from laneway.webhooks.secrets import live_secrets
 
 CLAIM_ROWS = 64
 LOOKS = 4
 PRIORITIES = (0, 1)  # live, recovered
-TEST = "test"  # this trigger reaches paused endpoints and blocked targets: somebody wants to know
 # Written out, not bound: only so do both stores see that the partial index serves.
-_DUE: sa.ColumnElement[bool] = sa.literal_column("webhook_deliveries.status IN ('pending', 'retrying')")
 _SENDING: sa.ColumnElement[bool] = sa.literal_column("webhook_deliveries.status = 'sending'")
 
 _NO_ENDS = frozenset({EventType.JOB_PROGRESS, EventType.JOB_RETRYING})
@@ -253,10 +251,10 @@ class Deliveries:
 
     def _give_up(self, connection: sa.Connection, *, now: datetime) -> None:
         """End what waited, blocked, until its time was over."""
-        late = sa.select(d.c.id).where(_DUE, d.c.give_up_at < now).limit(CLAIM_ROWS)
+        late = sa.select(d.c.id).where(open_delivery, d.c.give_up_at < now).limit(CLAIM_ROWS)
         connection.execute(
             sa.update(d)
-            .where(d.c.id.in_(late.scalar_subquery()), _DUE)
+            .where(d.c.id.in_(late.scalar_subquery()), open_delivery)
             .values(
                 status=DeliveryStatus.DEAD.value,
                 last_error=sa.func.coalesce(d.c.last_error, "the receiver could not be reached in time"),
@@ -482,17 +480,16 @@ def _due(
         earlier.c.job_id == d.c.job_id,
         earlier.c.target_id == d.c.target_id,
         earlier.c.id < d.c.id,
-        earlier.c.status.in_(
-            [DeliveryStatus.PENDING.value, DeliveryStatus.SENDING.value, DeliveryStatus.RETRYING.value]
-        ),
+        earlier.c.status.in_(sorted(UNDONE)),
     )
     blocked = sa.select(h.c.target_id).where(h.c.blocked_until > now)
     query = (
         query.select_from(d)
         .outerjoin(e, e.c.id == d.c.endpoint_id)
         .where(
-            _DUE,
+            open_delivery,
             d.c.next_at <= now,
+            sa.or_(d.c.give_up_at.is_(None), d.c.give_up_at > now),
             sa.or_(d.c.target_id.not_in(blocked), d.c.trigger == TEST),
             sa.or_(
                 d.c.endpoint_id.is_(None),
@@ -518,7 +515,7 @@ def _next_at(connection: sa.Connection, *, now: datetime) -> datetime | None:
     """When the next delivery falls due, or the next pause ends: three probes of indexes."""
     moments = [
         sa.select(d.c.next_at)
-        .where(_DUE, d.c.priority == priority, d.c.next_at > now)
+        .where(open_delivery, d.c.priority == priority, d.c.next_at > now)
         .order_by(d.c.next_at)
         .limit(1)
         .scalar_subquery()

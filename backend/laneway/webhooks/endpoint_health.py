@@ -16,12 +16,13 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
 from laneway.domain.events import SystemEvent
+from laneway.models import open_delivery
 from laneway.models import webhook_deliveries as d
 from laneway.models import webhook_endpoints as e
 from laneway.models import webhook_health as h
 from laneway.notify.rules import current as notifications
 from laneway.webhooks.health import BlockedReason, Health, after, due_warning, percent_to_disabling
-from laneway.webhooks.messages import Target, Told, message_id, record
+from laneway.webhooks.messages import TEST, Target, Told, message_id, record
 from laneway.webhooks.retries import Answer, DeliveryStatus
 from laneway.webhooks.subscriptions import subscribers
 
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
 
 ACTOR = "courier"
 PARKED_ROWS = 5_000
-# Written out, not bound: only so do both stores see that the partial index serves.
-_OPEN: sa.ColumnElement[bool] = sa.literal_column("webhook_deliveries.status IN ('pending', 'retrying')")
 _FIELDS = tuple(Health.__dataclass_fields__)
 
 
@@ -88,7 +87,7 @@ def _park(connection: sa.Connection, target_id: str, until: datetime) -> None:
     """Make what waits for a paused target due when the pause ends: no claim has to pass over it meanwhile."""
     waiting = (
         sa.select(d.c.id)
-        .where(d.c.target_id == target_id, _OPEN, d.c.next_at < until, d.c.trigger != "test")
+        .where(d.c.target_id == target_id, open_delivery, d.c.next_at < until, d.c.trigger != TEST)
         .limit(PARKED_ROWS)
     )
     if connection.dialect.name == "postgresql":
@@ -164,7 +163,7 @@ def cancel_waiting(connection: sa.Connection, endpoint_id: str, *, now: datetime
     """How many deliveries that waited for the endpoint will not be sent."""
     return connection.execute(
         sa.update(d)
-        .where(d.c.target_id == endpoint_id, _OPEN)
+        .where(d.c.target_id == endpoint_id, open_delivery)
         .values(status=DeliveryStatus.CANCELLED.value, version=d.c.version + 1, updated_at=now)
     ).rowcount
 

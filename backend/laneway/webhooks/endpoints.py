@@ -29,7 +29,7 @@ from laneway.webhooks import asymmetric
 from laneway.webhooks.endpoint_health import cancel_waiting, disable
 from laneway.webhooks.formats import Format
 from laneway.webhooks.guard import Policy, check_url
-from laneway.webhooks.messages import Target, Told, message_id, record
+from laneway.webhooks.messages import TEST, Target, Told, message_id, record
 from laneway.webhooks.papers import endpoint_context, load_certificates, signing_key_context
 from laneway.webhooks.retries import MAX_TIMEOUT_SECONDS, QUICK_SECONDS, STANDARD_SECONDS, UNDONE
 from laneway.webhooks.secrets import (
@@ -356,7 +356,7 @@ class Endpoints:
                 created_by=by,
                 targets=[Target(endpoint_id, row["url"], (), endpoint_id)],
             )
-            record(connection, [told], now=now, trigger="test")
+            record(connection, [told], now=now, trigger=TEST)
             d = webhook_deliveries.c
             delivery_id: str = connection.execute(
                 sa.select(d.id).where(d.message_id == identity)

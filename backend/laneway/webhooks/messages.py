@@ -28,6 +28,7 @@ from laneway.webhooks.subscriptions import Subscriber
 WAKE_CHANNEL = "laneway:courier"
 """Publish anything here after the commit, best effort: couriers that slept look for work."""
 
+TEST = "test"  # this trigger reaches paused endpoints and blocked targets: somebody wants to know
 MAX_PAYLOAD_BYTES = 256 * 1024
 
 d = webhook_deliveries.c
