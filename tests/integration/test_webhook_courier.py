@@ -16,9 +16,9 @@ from laneway.models import tenants
 from laneway.webhooks import courier as courier_module
 from laneway.webhooks.deliveries import Deliveries, Finished, Room
 from laneway.webhooks.health import FIRST_CAP
-from laneway.webhooks.messages import WAKE_CHANNEL
+from laneway.webhooks.messages import GIVE_UP_AFTER, WAKE_CHANNEL
 from laneway.webhooks.pace import MAX_PER_TARGET
-from laneway.webhooks.retries import Answer, DeliveryStatus, Timings, Verdict
+from laneway.webhooks.retries import QUICK_SECONDS, Answer, DeliveryStatus, Timings, Verdict
 from laneway.webhooks.secrets import SecretBox, new_webhook_secret, tenant_context
 from servers import PostgresServer, RedisServer, wait_until
 from webhook_office import Office
@@ -132,6 +132,14 @@ def test_what_a_dead_courier_held_is_sent_again_under_the_same_id(office: Office
         again = receiver.requests[-1]
         assert (again.headers["webhook-id"], again.headers["webhook-attempt"]) == (claimed.message_id, "2")
         assert len(receiver.requests) == 2
+
+
+def test_nothing_is_sent_once_its_time_is_over(office: Office) -> None:
+    office.post("http://127.0.0.1:9000/")
+    deliveries = Deliveries(office.database, owner=new_id(), lease_seconds=30)
+    over = office.clock.now() + timedelta(seconds=sum(QUICK_SECONDS)) + GIVE_UP_AFTER
+    assert not deliveries.turn([], [], ROOM, now=over).claimed
+    assert len(deliveries.turn([], [], ROOM, now=over - timedelta(seconds=1)).claimed) == 1
 
 
 def test_a_courier_that_lost_its_lease_changes_no_outcome(office: Office) -> None:

@@ -15,7 +15,7 @@ from laneway.domain.states import ACTIVE, JobStatus
 from laneway.engine.callers import Caller
 from laneway.engine.outcomes import carry_out
 from laneway.engine.queries import MAX_COUNTED, JobFilter, Scope
-from laneway.engine.transitions import Cancel
+from laneway.engine.transitions import Applied, Cancel
 from laneway.lanes.backend import EndedRun, LanesUnavailable, by_lane
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def cancel_all(
 
 
 def _oldest(clauses: Sequence[sa.ColumnElement[bool]], *, after: str, limit: int) -> sa.Select[Any]:
-    query = sa.select(j.id, j.status, j.lane, j.webhook_url).where(*clauses).order_by(j.id).limit(limit)
+    query = sa.select(j.id, j.status, j.lane).where(*clauses).order_by(j.id).limit(limit)
     return query.where(j.id > after) if after else query
 
 
@@ -120,9 +120,8 @@ def _cancel(
         rows = connection.execute(some).all()
         waiting = [row for row in rows if row.status != JobStatus.RUNNING]
         running = [row.id for row in rows if row.status == JobStatus.RUNNING]
-        if waiting:
-            moves = [Cancel(row.id, by=caller.subject, reason=manner.reason) for row in waiting]
-            carry_out(connection, moves, now=now, actor=caller.subject)
+        moves = [Cancel(row.id, by=caller.subject, reason=manner.reason) for row in waiting]
+        outcomes = carry_out(connection, moves, now=now, actor=caller.subject)
         if running:
             ask_to_stop(connection, running, manner, by=caller.subject, now=now)
     try:
@@ -134,7 +133,7 @@ def _cancel(
     service.news.changed([row.id for row in rows])
     if running:
         service.news.wished()
-    if any(row.webhook_url for row in waiting):
+    if any(isinstance(o, Applied) and o.told for o in outcomes):
         service.news.ring_courier()
     return rows
 

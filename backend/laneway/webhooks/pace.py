@@ -117,12 +117,12 @@ class _Room(Room):
         self._targets = pace._by_target.copy()
         self._tenants = pace._by_tenant.copy()
         self._origins = pace._by_origin.copy()
-        self._caps = {target: pace._caps.get(target, 1) for target in self._targets} | pace._caps
+        self._caps = pace._caps  # read only; of up to 10,000 targets a copy each turn would cost too much
         self._ready = {target: meter.ready(now) for target, meter in pace._meters.items()}
         self._free = pace._most - pace._in_flight
         self._reserved = int(pace._most * RESERVED_SHARE)
         self._suspects_left = int(pace._most * SUSPECT_SHARE) - pace._suspects
-        full = {target for target, count in self._targets.items() if count >= self._caps[target]}
+        full = {target for target, count in self._targets.items() if count >= self._caps.get(target, 1)}
         waiting = {target for target, ready in self._ready.items() if ready < 1}
         super().__init__(
             self._free,
