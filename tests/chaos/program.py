@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -26,21 +28,27 @@ def main() -> None:
 
     from laneway.cli import main as laneway
 
-    laneway(sys.argv[1:])
+    with short_crashes():
+        laneway(sys.argv[1:])
 
 
-def shorten_crashes() -> None:
+@contextmanager
+def short_crashes() -> Iterator[None]:
     """Also for the harness: the checker knows how long a crashed job must have waited."""
     from laneway.domain import retry
 
+    usual = retry.CRASH_DELAY_SECONDS, retry.CRASH_MAX_DELAY_SECONDS
     retry.CRASH_DELAY_SECONDS, retry.CRASH_MAX_DELAY_SECONDS = 0.5, 2.0
+    try:
+        yield
+    finally:
+        retry.CRASH_DELAY_SECONDS, retry.CRASH_MAX_DELAY_SECONDS = usual
 
 
 def shorten() -> None:
     """For the processes alone: a test process would go on with it in other tests."""
     from laneway.webhooks import courier, health, messages
 
-    shorten_crashes()
     messages.QUICK_SECONDS = (0.5, 1.0)
     health.BREAKER_SECONDS, health.BREAKER_MAX_SECONDS = 1.0, 2.0
     courier.LEASE_MARGIN_SECONDS, courier.MAX_TIMEOUT_SECONDS = 3.0, 0.0

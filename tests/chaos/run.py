@@ -66,7 +66,6 @@ def run(plan: Plan, folder: Path, *, mutant: str = "", grown_percent_per_hour: f
     began = time.monotonic()
     folder.mkdir(parents=True)
     (folder / "plan.json").write_text(json.dumps(plan.as_json(), indent=1))
-    program.shorten_crashes()
     result = Result(plan, folder)
     with Ground(folder, store=plan.store, mutant=mutant) as ground, Post(ground) as post:
         scene = Scene(ground, post.moody, post.misbehaviours())
@@ -94,7 +93,8 @@ def run(plan: Plan, folder: Path, *, mutant: str = "", grown_percent_per_hour: f
             calm=[(calm_from, rest_at)] if rest_at > calm_from else [],
             series=result.series,
         )
-        _judge(result, Run.read(ground.database, ground.history_folder, facts))
+        with program.short_crashes():
+            _judge(result, Run.read(ground.database, ground.history_folder, facts))
         result.acknowledged = load.accepted
     result.seconds = time.monotonic() - began
     return result

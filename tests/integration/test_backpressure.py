@@ -6,7 +6,6 @@ Never a 202 for what is not written; always when to come back; and no restart on
 from __future__ import annotations
 
 import multiprocessing
-import os
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
@@ -25,19 +24,15 @@ from api_client import LocalApi, claim, complete
 from factories import TENANT, add_job
 from fault_proxy import FaultProxy
 from laneway import db, models
-from laneway.clock import FrozenClock, new_id
+from laneway.clock import FrozenClock
 from laneway.db import Database
 from laneway.domain.payload import MAX_BYTES
 from laneway.domain.spec import JobSpec, Priority
 from laneway.domain.states import JobStatus
 from laneway.engine import admission
-from laneway.engine.callers import Caller, Role
-from laneway.engine.registry import load
-from laneway.engine.service import JobService
-from laneway.errors import LanewayError, Overloaded, QuotaQueued
-from laneway.lanes.memory_lanes import MemoryLanes
-from laneway.settings import Settings
+from laneway.errors import Overloaded, QuotaQueued
 from servers import PostgresServer, RedisServer, wait_until
+from waiting_jobs import OPERATOR, OTHER, ask, fill, service_on
 
 JOB = {"job_type": "demo.noop"}
 
@@ -362,21 +357,6 @@ def test_a_tenant_has_as_many_jobs_waiting_as_it_may_and_one_more_is_refused(wit
     assert api.post("/jobs", json=JOB).status_code == 429
 
 
-OPERATOR = Caller(TENANT, "olga", Role.OPERATOR)
-OTHER = Caller(new_id(), "otto", Role.OPERATOR)
-
-
-def service_on(database: Database, clock: FrozenClock | None = None, **limits: int) -> JobService:
-    return JobService(database, MemoryLanes(), Settings(**limits), load([]), clock=clock)  # type: ignore[arg-type]
-
-
-def ask(service: JobService, *priorities: str, caller: Caller = OPERATOR) -> list[str]:
-    """`ok`, or the code of the error, for a job of each priority; asked for together."""
-    specs = [JobSpec(job_type="demo.noop", priority=priority) for priority in priorities]  # type: ignore[arg-type]
-    answers = service.enqueue([service.prepare(spec, caller) for spec in specs])
-    return [answer.code if isinstance(answer, LanewayError) else "ok" for answer in answers]
-
-
 def test_when_too_many_jobs_wait_the_least_urgent_are_refused_first(
     database: Database, clock: FrozenClock
 ) -> None:
@@ -451,29 +431,6 @@ def test_a_quota_is_counted_off_the_hot_path(database: Database, clock: FrozenCl
     ask(service, "low")
     wait_until(lambda: len(counts) == 2, what="it is counted again")
     assert counts[1].startswith("admission")
-
-
-def fill(url: str, quota: int, folder: Path) -> int:
-    """Four threads ask until each is refused; how many jobs they made. Runs in a process of its own."""
-    service = service_on(Database(url), FrozenClock(), waiting_per_tenant=quota)  # no second passes
-    ask(service, "low", caller=OTHER)
-    (folder / str(os.getpid())).touch()
-    wait_until(lambda: len(list(folder.iterdir())) == 2, what="the other process is ready", seconds=90)
-    made: list[int] = []
-
-    def ask_on() -> None:
-        refusals = 0
-        while refusals < 5:
-            answer = ask(service, "low")
-            made.append(answer == ["ok"])
-            refusals += answer == ["quota_queued"]
-
-    threads = [threading.Thread(target=ask_on) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return sum(made)
 
 
 def test_two_processes_pass_a_quota_by_no_more_than_is_stated(database: Database, tmp_path: Path) -> None:

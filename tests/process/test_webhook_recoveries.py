@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlalchemy as sa
 
-from contract.test_recoveries import add_endpoint, tell
+from contract.test_recoveries import HOUR, add_endpoint, tell
 from factories import NOW, TENANT
 from laneway import models
 from laneway.clock import SystemClock
@@ -12,23 +12,25 @@ from laneway.engine import recoveries
 from laneway.engine.recoveries import Mode, Wish
 from process.stack import Stack
 
-MESSAGES = 1_000
+MESSAGES = 1_200  # more than five steps of a walk that stays 30 messages and a batch ahead
 
 
 def test_a_killed_scheduler_loses_and_repeats_nothing(either_stack: Stack) -> None:
     """Five are killed on the way: each message is queued once, in order, at its own moment."""
     stack, database = either_stack, either_stack.database
     endpoint_id = add_endpoint(database)
-    wanted = [tell(database, endpoint_id if n % 2 else None) for n in range(MESSAGES)]
+    now = SystemClock().now()
+    an_hour_old = NOW - now + HOUR  # by the real clock: what is a month old the same schedulers would prune
+    wanted = [tell(database, endpoint_id if n % 2 else None, age=an_hour_old) for n in range(MESSAGES)]
     with database.write() as connection:
         recovery_id = recoveries.start(
             connection,
             TENANT,
             endpoint_id,
-            Wish(Mode.ALL, NOW.replace(hour=0), NOW.replace(hour=23)),
-            per_second=20,
+            Wish(Mode.ALL, now - 2 * HOUR, now),
+            per_second=1,
             by="olga",
-            now=SystemClock().now(),
+            now=now,
         )["id"]
 
     def recovery() -> sa.RowMapping:
