@@ -1,0 +1,19 @@
+"""Rate limit overrides of single tenants and callers."""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "20261122_2200"
+down_revision = "20261122_2100"
+branch_labels = None
+depends_on = None
+
+
+def upgrade() -> None:
+    pass
+
+
+def downgrade() -> None:
+    pass

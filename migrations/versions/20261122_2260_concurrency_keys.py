@@ -1,0 +1,19 @@
+"""Concurrency keys and what a tenant may run at once."""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "20261122_2260"
+down_revision = "20261122_2250"
+branch_labels = None
+depends_on = None
+
+
+def upgrade() -> None:
+    pass
+
+
+def downgrade() -> None:
+    pass
