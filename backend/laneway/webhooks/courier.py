@@ -25,6 +25,7 @@ from typing import TypeVar
 import redis
 import redis.asyncio
 import sqlalchemy as sa
+import uvloop
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
@@ -301,6 +302,7 @@ def main(settings: Settings) -> None:
         await courier.run()
 
     try:
-        asyncio.run(run())
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(run())
     finally:
         database.dispose()

@@ -279,6 +279,8 @@ class Deliveries:
 
     def _claim(self, connection: sa.Connection, room: Room, *, now: datetime) -> Turn:
         limit = min(room.rows, CLAIM_ROWS)
+        if self._database.dialect == "postgresql":
+            connection.execute(_WALK_THE_INDEX)
         picked: Sequence[Candidate] = ()
         refused: set[str] = set()
         more, looks = True, 0
@@ -416,6 +418,10 @@ class Deliveries:
             statement = statement.bindparams(sa.bindparam("now", now, Moment))
         return connection.execute(statement, rows.bind(dialect, values) | parameters)
 
+
+# A planner whose statistics are older than the backlog expects a row or two, and would sort all that wait to
+# find the first of them: 7 ms of each claim among 15,000, against 0.7 ms.
+_WALK_THE_INDEX = sa.text("SET LOCAL enable_sort = off")
 
 _CANDIDATE: tuple[sa.ColumnElement[Any], ...] = (
     d.c.id,
