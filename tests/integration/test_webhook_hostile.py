@@ -4,6 +4,7 @@ import asyncio
 import socket
 import ssl
 import threading
+import zlib
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -18,7 +19,7 @@ from laneway.db import Database
 from laneway.webhooks import dial
 from laneway.webhooks import sender as sender_module
 from laneway.webhooks.dial import AddressRefused, GuardResolver, socket_factory
-from laneway.webhooks.guard import Policy
+from laneway.webhooks.guard import BLOCKED_PORTS, Policy
 from laneway.webhooks.sender import MAX_RESPONSE_BYTES
 from webhook_office import Office
 from webhook_receiver import (
@@ -126,6 +127,22 @@ def test_an_answer_of_any_bytes_is_kept_as_text(office: Office) -> None:
         job_id = office.post(receiver.url())
         office.wait(job_id, status="delivered")
     assert office.attempts(job_id)[0]["response_body"] == "\x1f\ufffd\ufffd\ufffd"
+
+
+def test_what_is_small_on_the_wire_is_not_made_large(office: Office) -> None:
+    """200 MB of zeros in 200 KB: kept as it came."""
+    squeeze = zlib.compressobj(level=9, wbits=31)
+    bomb = b"".join([*(squeeze.compress(bytes(10_000_000)) for _ in range(20)), squeeze.flush()])
+    assert len(bomb) < 250_000
+    with (
+        Receiver(lambda exchange: exchange.answer(200, body=bomb, Content_Encoding="gzip")) as receiver,
+        office.open(),
+    ):
+        job_id = office.post(receiver.url())
+        office.wait(job_id, status="delivered")
+    kept = office.attempts(job_id)[0]["response_body"]
+    assert kept[0] == "\x1f"
+    assert len(kept) <= MAX_RESPONSE_BYTES
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
@@ -262,11 +279,63 @@ def test_after_a_name_moved_only_a_connection_that_was_judged_is_used(
         assert receiver.connections == 1
 
 
-def test_a_name_that_does_not_resolve_is_tried_again(office: Office) -> None:
+@pytest.mark.parametrize("error", [socket.EAI_NONAME, socket.EAI_AGAIN, socket.EAI_FAIL], ids=str)
+def test_a_name_that_does_not_resolve_is_tried_again(office: Office, error: int) -> None:
+    """NXDOMAIN, no answer in time, SERVFAIL."""
+
     def unknown(*_: Any, **__: Any) -> Any:
-        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        raise socket.gaierror(error, "what the name server said")
 
     fails(office, f"http://{NAME}/", "dns", getaddrinfo=unknown)
+
+
+@pytest.mark.parametrize(
+    ("alias", "address"), [("localhost", "127.0.0.1"), ("metadata.google.internal", "169.254.169.254")]
+)
+def test_a_chain_of_names_is_judged_by_where_it_ends(database: Database, alias: str, address: str) -> None:
+    def through_an_alias(host: str, port: int, **how: Any) -> Any:
+        return [(*found[:3], alias, found[4]) for found in answers(address)(host, port, **how)]
+
+    office = Office(database, webhook_allowed_cidrs=(), webhook_allowed_ports=("*",))
+    with Receiver() as listener:
+        url = listener.url(host=NAME)
+        fails(office, url, "ssrf_blocked", status="dead", getaddrinfo=through_an_alias)
+        assert listener.connections == 0
+
+
+def test_this_service_does_not_call_itself(database: Database) -> None:
+    with Receiver() as itself:
+        office = Office(database, public_url=itself.url(""))
+        fails(office, itself.url(), "ssrf_blocked", status="dead")
+        assert itself.connections == 0
+
+
+def test_an_opened_network_opens_no_other(database: Database) -> None:
+    office = Office(database, webhook_allowed_cidrs=("127.0.0.2/32",), webhook_allowed_ports=("*",))
+    with Receiver() as listener:
+        fails(office, listener.url(), "ssrf_blocked", status="dead")
+        fails(
+            office, listener.url(host=NAME), "ssrf_blocked", status="dead", getaddrinfo=answers("127.0.0.1")
+        )
+        assert listener.connections == 0
+
+
+def test_no_port_of_a_known_service_is_dialled(database: Database) -> None:
+    office = Office(database, webhook_allowed_ports=("*",))
+    for port in sorted(BLOCKED_PORTS):
+        if port < 1024:
+            continue
+        try:
+            listener = socket.create_server(("127.0.0.1", port))
+        except OSError:
+            continue  # the service is here itself
+        with listener:
+            listener.setblocking(False)
+            fails(office, f"http://127.0.0.1:{port}/", "ssrf_blocked", status="dead")
+            with pytest.raises(BlockingIOError):
+                listener.accept()
+            return
+    pytest.fail("none of these ports is free")
 
 
 def test_nobody_listening_is_told_without_an_address(office: Office) -> None:
