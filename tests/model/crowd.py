@@ -73,7 +73,7 @@ class Log:
     wished: list[tuple[str, int]] = field(default_factory=list)
     asked: int = 0
     refused: int = 0
-    rolled_back: int = 0  # moves whose transaction was a deadlock's victim, or found the store busy
+    rolled_back: int = 0  # whose transaction was a deadlock's victim, or found the store busy
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,6 +242,9 @@ def _cancel(database: Database, job_id: str, now: datetime, log: Log) -> None:
     try:
         answer = service.cancel(job_id, OLGA, reason="enough")
     except IllegalTransition:
+        return
+    except sa.exc.OperationalError:  # a deadlock's victim: its caller is answered 503
+        log.rolled_back += 1
         return
     if not answer.done:
         log.wished.append((job_id, answer.job["attempt"]))
