@@ -1,6 +1,7 @@
-"""The limit for requests that nobody has vouched for: counted in this process, never in Redis.
+"""The limits for requests that nobody has vouched for: counted in this process, never in Redis.
 
-A flood of made-up addresses can so grow neither Redis nor, past the table's size, this process.
+A flood of made-up addresses can so grow neither Redis nor, past the table's size, this process. What a
+valid key sends is not counted here: whoever shares an address with an attacker is not locked out.
 """
 
 from __future__ import annotations
@@ -14,20 +15,25 @@ from laneway.limits.local import CAPACITY, LocalWindows
 from laneway.limits.rules import Rule
 
 ANONYMOUS = Rule("anonymous", quota=60, window_seconds=60)
+FAILED_LOGINS = Rule("failed-logins", quota=10, window_seconds=60)
 
 
 class AnonymousLimiter:
-    """60 requests in any 60 s from one client address, or from one /64 of IPv6."""
+    """What one client address, or one /64 of IPv6, may send without a valid key: 60 requests in any 60 s,
+    and 10 of them with a key that is none."""
 
     def __init__(self, *, clock: Clock, capacity: int = CAPACITY) -> None:
         self._clock = clock
         self._windows = LocalWindows(capacity)
 
-    def hit(self, address: str | None) -> Decision:
+    def hit(self, address: str | None, *, failed_login: bool = False) -> Decision:
         """Charge one request. All without a readable address (a unix socket) share one budget."""
-        charges = (Charge(_network(address), ANONYMOUS, 1),)
+        network = _network(address)
+        charges = [Charge(network, ANONYMOUS, 1)]
+        if failed_login:
+            charges.append(Charge(b"login:" + network, FAILED_LOGINS, 1))
         now_us = round(self._clock.now().timestamp() * 1_000_000)
-        return Decision.read(charges, self._windows.hit(charges, now_us=now_us))
+        return Decision.read(charges, self._windows.hit(charges, now_us=now_us), local=True)
 
 
 @lru_cache(4096)

@@ -27,24 +27,39 @@ class LocalWindows:
     def __len__(self) -> int:
         return len(self._logs)
 
-    def hit(self, charges: Sequence[Charge], *, now_us: int) -> list[int]:
+    def hit(self, charges: Sequence[Charge], *, now_us: int, spend: bool = True) -> list[int]:
         """What the script would reply: allowed, now, then used, reset and retry of each charge's rule."""
         allowed = True
         found: list[tuple[array[int], int, int, int]] = []
         for charge in charges:
             log, first, used = self._live(charge, now_us)
             retry = _retry_us(charge, log, first, used=used, now_us=now_us)
-            allowed = allowed and retry == 0
+            allowed = allowed and (retry == 0 or charge.rule.shadow)
             found.append((log, first, used, retry))
         reply = [int(allowed), now_us]
         for charge, (log, first, used, retry) in zip(charges, found, strict=True):
-            oldest = log[first] if first < len(log) else None
-            if allowed and charge.cost:
+            oldest, counted = log[first] if first < len(log) else None, used
+            if spend and allowed and charge.cost and retry == 0:
                 self._spend(charge, log, first, used=used, now_us=now_us)
-                oldest = log[1]
-            counted = used + charge.cost if allowed else used
+                oldest, counted = log[1], used + charge.cost
             reply += (counted, 0 if oldest is None else oldest + charge.rule.window_us - now_us, retry)
         return reply
+
+    def give_back(self, charge: Charge, *, spent_us: int, now_us: int) -> bool:
+        """The twin of give_back.lua: whether the units were still there to be given back."""
+        log = self._logs.get(charge.key)
+        if log is None or spent_us + charge.rule.window_us <= now_us:
+            return False
+        at = next((at for at in range(1, len(log), 2) if log[at] >= spent_us), None)
+        if at is None or log[at + 1] < charge.cost:
+            return False
+        log[0] -= charge.cost
+        log[at + 1] -= charge.cost
+        if not log[at + 1]:
+            del log[at : at + 2]
+        if len(log) == 1:
+            del self._logs[charge.key]
+        return True
 
     def _live(self, charge: Charge, now_us: int) -> tuple[array[int], int, int]:
         """The log, where its first record within the window is, and the units from there on."""

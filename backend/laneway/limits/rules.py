@@ -11,10 +11,11 @@ from enum import StrEnum
 
 MAX_QUOTA = 99_999_999  # the log's records have eight digits for units
 MAX_WINDOW_SECONDS = 30 * 24 * 3600
-MAX_WINDOWS = 8  # of one class; all of them are decided in one call
+MAX_WINDOWS = 8  # of one policy; a call has at most three: its class, `tenant` and `jobs`
 
 _EXACT_QUOTA = 64
 _WINDOW = re.compile(r"([0-9]{1,9})/([0-9]{1,9})")
+_FORM = "expected name=quota/seconds@user, or 'off' alone"
 
 
 class RateClass(StrEnum):
@@ -23,8 +24,26 @@ class RateClass(StrEnum):
     QUEUE = "queue"
     BATCH = "batch"
     DEFAULT = "default"
-    STREAM = "stream"  # charged to `default` unless it has rules of its own
+    POLL = "poll"  # charged to `default` unless it has rules of its own
+    STREAM = "stream"  # likewise
     FREE = "free"  # never limited
+
+
+class Policy(StrEnum):
+    """What rules can be set for: a rate class, or a budget of a whole tenant beside all classes."""
+
+    QUEUE = "queue"
+    BATCH = "batch"
+    DEFAULT = "default"
+    POLL = "poll"
+    STREAM = "stream"
+    TENANT = "tenant"  # every limited request of a tenant
+    JOBS = "jobs"  # every job that a tenant's requests make: a batch of 500 costs 500
+
+    @property
+    def budget(self) -> bool:
+        """True where all callers of a tenant share what there is."""
+        return self in (Policy.TENANT, Policy.JOBS)
 
 
 class Partition(StrEnum):
@@ -34,14 +53,37 @@ class Partition(StrEnum):
     TENANT = "tenant"
 
 
+class OnFailure(StrEnum):
+    """What becomes of a rule while Redis cannot count."""
+
+    LOCAL = "local"  # this process counts
+    OPEN = "open"  # nobody does: it allows
+    CLOSED = "closed"  # it refuses, 503
+
+
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """At most `quota` units in any `window_seconds`, counted per `partition`. Quota 0 blocks."""
+    """At most `quota` units in any `window_seconds`, counted per `partition`. Quota 0 blocks.
 
-    name: str
+    A shadow rule counts what it would have let pass, and refuses nothing.
+    """
+
+    name: str  # the policy's; each window after its first is `policy-seconds`
     quota: int
     window_seconds: int
     partition: Partition = Partition.USER
+    shadow: bool = False
+    on_failure: OnFailure = OnFailure.LOCAL
+
+    @property
+    def policy(self) -> str:
+        """The name of the policy it was set for."""
+        return self.name.partition("-")[0]
+
+    @property
+    def unit(self) -> str:
+        """What is counted: `jobs` or `requests`."""
+        return "jobs" if self.policy == Policy.JOBS else "requests"
 
     @property
     def window_us(self) -> int:
@@ -68,60 +110,85 @@ class Rule:
         return f"rl:{{{tenant_id}}}:{self.name}:{digest}".encode("utf-8", "surrogatepass")
 
 
-RuleSet = Mapping[RateClass, tuple[Rule, ...]]
+RuleSet = Mapping[Policy, tuple[Rule, ...]]
 
 
 def parse_rules(text: str) -> RuleSet:
-    """The rules of every class, from `class=quota/seconds[+quota/seconds…][@user|@tenant]`, comma-separated.
+    """The rules that the setting names: comma-separated parts of the form
 
-    A class that is not named has no rules; `off` names none. Each window after a class's first is a
-    rule called `class-seconds`. Raises ValueError, which names the part that is wrong.
+        policy=quota/seconds[+quota/seconds…][@user|@tenant][;shadow][;on_failure=local|open|closed]
+
+    or `policy=off`, which names a policy without rules; `off` alone names nothing. Each window after a
+    policy's first is a rule called `policy-seconds`. Raises ValueError, which names the part that is wrong.
     """
-    named: dict[RateClass, tuple[Rule, ...]] = {}
-    if text.strip() != "off":
-        for part in text.split(","):
-            try:
-                rate_class, rules = _parse_class(part.strip())
-                if rate_class in named:
-                    raise ValueError(f"{rate_class} has rules already; join its windows with '+'")
-            except ValueError as wrong:
-                raise ValueError(f"rate_limits: {part.strip()!r}: {wrong}") from None
-            named[rate_class] = rules
-    rules_of = {rate_class: named.get(rate_class, ()) for rate_class in RateClass}
-    rules_of[RateClass.STREAM] = named.get(RateClass.STREAM, rules_of[RateClass.DEFAULT])
-    return rules_of
+    named: dict[Policy, tuple[Rule, ...]] = {}
+    if text.strip() == "off":
+        return named
+    for part in text.split(","):
+        try:
+            policy, rules = _parse_policy(part.strip())
+            if policy in named:
+                raise ValueError(f"{policy} has rules already; join its windows with '+'")
+        except ValueError as wrong:
+            raise ValueError(f"rate_limits: {part.strip()!r}: {wrong}") from None
+        named[policy] = rules
+    return named
 
 
-def _parse_class(part: str) -> tuple[RateClass, tuple[Rule, ...]]:
+def _parse_policy(part: str) -> tuple[Policy, tuple[Rule, ...]]:
     name, equals, value = part.partition("=")
+    value, *options = value.split(";")
     windows, at, partition = value.partition("@")
     if not equals or (at and not partition):
-        raise ValueError("expected class=quota/seconds@user, or 'off' alone")
-    rate_class = _class_named(name.strip())
-    if partition.strip() not in ("", *Partition):
-        raise ValueError(f"unknown partition {partition.strip()!r}; expected user or tenant")
-    counted_per = Partition(partition.strip() or Partition.USER)
+        raise ValueError(_FORM)
+    policy = _policy_named(name.strip())
+    counted_per = _partition_of(policy, partition.strip())
+    shadow, on_failure = _parse_options(options)
+    if windows.strip() == "off":
+        return policy, ()
     rules: list[Rule] = []
     for window in windows.split("+"):
         quota, seconds = _parse_window(window.strip())
         if any(rule.window_seconds == seconds for rule in rules):
             raise ValueError(f"two windows of {seconds} s")
-        rule_name = f"{rate_class}-{seconds}" if rules else str(rate_class)
-        rules.append(Rule(rule_name, quota, seconds, counted_per))
+        rule_name = f"{policy}-{seconds}" if rules else str(policy)
+        rules.append(Rule(rule_name, quota, seconds, counted_per, shadow, on_failure))
     if len(rules) > MAX_WINDOWS:
         raise ValueError(f"{len(rules)} windows; at most {MAX_WINDOWS}")
-    return rate_class, tuple(rules)
+    return policy, tuple(rules)
 
 
-def _class_named(name: str) -> RateClass:
-    limited = [str(rate_class) for rate_class in RateClass if rate_class is not RateClass.FREE]
-    if name in limited:
-        return RateClass(name)
-    near = difflib.get_close_matches(name, limited, n=1)
+def _policy_named(name: str) -> Policy:
+    if name in list(Policy):
+        return Policy(name)
+    near = difflib.get_close_matches(name, list(Policy), n=1)
     raise ValueError(
-        f"unknown class {name!r}; "
-        + (f"did you mean {near[0]!r}?" if near else f"expected {', '.join(limited)}")
+        f"unknown policy {name!r}; "
+        + (f"did you mean {str(near[0])!r}?" if near else f"expected {', '.join(Policy)}")
     )
+
+
+def _partition_of(policy: Policy, name: str) -> Partition:
+    if name not in ("", *Partition):
+        raise ValueError(f"unknown partition {name!r}; expected user or tenant")
+    if policy.budget and name == Partition.USER:
+        raise ValueError(f"{policy} is counted per tenant")
+    return Partition.TENANT if policy.budget else Partition(name or Partition.USER)
+
+
+def _parse_options(options: list[str]) -> tuple[bool, OnFailure]:
+    shadow, on_failure = False, OnFailure.LOCAL
+    for option in options:
+        name, _, value = option.strip().partition("=")
+        if option.strip() == "shadow":
+            shadow = True
+        elif name == "on_failure" and value in list(OnFailure):
+            on_failure = OnFailure(value)
+        else:
+            raise ValueError(
+                f"unknown option {option.strip()!r}; expected shadow or on_failure=local|open|closed"
+            )
+    return shadow, on_failure
 
 
 def _parse_window(window: str) -> tuple[int, int]:

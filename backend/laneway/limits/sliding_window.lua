@@ -1,14 +1,16 @@
--- May `cost` more units happen now under every rule at once? All rules are charged, or none is.
+-- May `cost` more units happen now under every rule at once? All rules are charged, or none is. A shadow
+-- rule only watches: it never refuses, and is charged for what it would have let pass.
 --
 -- A weighted log of a sliding window. A unit spent at t counts in [t, t + window); at t + window it is
 -- free again. Stamps are rounded up to the rule's grain, so a log holds at most window / grain + 1
 -- records, no window ever holds more than the quota, and a unit comes back at most one grain late.
 --
--- KEYS[1..8]  one log per rule, all in one hash slot
+-- KEYS[1..]   one log per rule, all in one hash slot
 -- ARGV[1]     the moment in us since 1970; '' takes this server's TIME (only tests pass a clock)
--- ARGV[2..]   per rule: quota, window in us, grain in us, cost (0 looks and spends nothing)
+-- ARGV[2]     1 spends; 0 says what would be, and spends nothing
+-- ARGV[3..]   per rule: quota, window in us, grain in us, cost (0 looks), shadow (1 or 0)
 -- reply       allowed (1 or 0), the moment in us, then per rule:
---               used   units counted in the window, with this call's when it was allowed
+--               used   units counted in the window, with this call's when they were spent
 --               reset  us until the oldest counted unit leaves; 0 when none is counted
 --               retry  us until this call would pass the rule; 0 passes now, -1 never (cost > quota)
 -- value       10 digits: the units in the log. Then 24 per record, oldest first: 16 digits stamp in us,
@@ -31,7 +33,7 @@ end
 
 local allowed, rules = 1, {}
 for i = 1, #KEYS do
-  local a = 4 * i - 2
+  local a = 5 * i - 2
   local quota, window, cost = tonumber(ARGV[a]), tonumber(ARGV[a + 1]), tonumber(ARGV[a + 3])
   local log = redis.call('GET', KEYS[i])
   local used, first, size = 0, HEAD + 1, HEAD
@@ -60,17 +62,17 @@ for i = 1, #KEYS do
       at = at + RECORD
     end
   end
-  if retry ~= 0 then allowed = 0 end
+  if retry ~= 0 and ARGV[a + 4] ~= '1' then allowed = 0 end
   rules[i] = {log, first, size, used, retry}
 end
 
-local reply = {allowed, now}
+local reply, spend = {allowed, now}, allowed == 1 and ARGV[2] == '1'
 for i = 1, #KEYS do
-  local a = 4 * i - 2
+  local a = 5 * i - 2
   local window, grain, cost = tonumber(ARGV[a + 1]), tonumber(ARGV[a + 2]), tonumber(ARGV[a + 3])
   local log, first, size, used, retry = unpack(rules[i])
   local oldest = first <= size and stamp_at(log, first)
-  if allowed == 1 and cost > 0 then
+  if spend and cost > 0 and retry == 0 then
     local stamp, units, kept = math.ceil(now / grain) * grain, cost, size
     if oldest then
       local last = size - RECORD + 1
