@@ -1,4 +1,4 @@
-"""Who is calling: API keys, and what their roles may do.
+"""Who is calling: callers, what their roles and scopes let them do, and the API keys that they carry.
 
 A key reads `lw_live_<id>_<secret><check>`: 12 characters of id, 43 of secret (256 bits), 6 of CRC-32 so
 that junk is refused without a look-up. Only the SHA-256 of the secret is kept; a slow hash would add
@@ -13,11 +13,9 @@ import os
 import re
 import secrets
 import string
-import threading
 import zlib
-from collections import OrderedDict
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
@@ -25,14 +23,12 @@ from pathlib import Path
 import sqlalchemy as sa
 
 from laneway import models
-from laneway.clock import Clock, new_id
+from laneway.clock import new_id
 from laneway.db import Database
 from laneway.errors import Forbidden, LanewayError, NotFound, Unauthenticated
 from laneway.webhooks.secrets import SecretBox, keep_old, new_webhook_secret, tenant_context
 
 DEFAULT_TENANT = "default"
-CACHE_SECONDS = 30.0
-CACHE_SIZE = 10_000
 ADMIN_KEY_FILE = "admin.key"
 
 _DIGITS = string.digits + string.ascii_uppercase + string.ascii_lowercase
@@ -47,6 +43,41 @@ class Role(StrEnum):
     ADMIN = "admin"
 
 
+class AccessScope(StrEnum):
+    """One kind of operations. `…:read` looks, `…:write` changes."""
+
+    JOBS_READ = "jobs:read"
+    JOBS_WRITE = "jobs:write"
+    SCHEDULES_READ = "schedules:read"
+    SCHEDULES_WRITE = "schedules:write"
+    CHAINS_READ = "chains:read"
+    CHAINS_WRITE = "chains:write"
+    BATCHES_READ = "batches:read"
+    BATCHES_WRITE = "batches:write"
+    WEBHOOKS_READ = "webhooks:read"
+    WEBHOOKS_WRITE = "webhooks:write"
+    QUEUES_READ = "queues:read"
+    QUEUES_MANAGE = "queues:manage"
+    KEYS_MANAGE = "keys:manage"
+    ADMIN = "admin"
+
+
+_OPERATOR = frozenset(AccessScope) - {AccessScope.QUEUES_MANAGE, AccessScope.ADMIN}
+
+ROLE_SCOPES: dict[Role, frozenset[AccessScope]] = {
+    Role.USER: _OPERATOR - {AccessScope.KEYS_MANAGE},
+    Role.OPERATOR: _OPERATOR,
+    Role.ADMIN: frozenset(AccessScope),
+}
+"""The scopes of each role. Where a route names a role as well, both are needed."""
+
+
+def at_least(role: Role, needed: Role) -> bool:
+    """Whether `role` is `needed` or a stronger one."""
+    order = list(Role)
+    return order.index(role) >= order.index(needed)
+
+
 @dataclass(frozen=True, slots=True)
 class Caller:
     """Who a request speaks for. Everything below the API sees only this."""
@@ -54,20 +85,29 @@ class Caller:
     tenant_id: str
     subject: str
     role: Role
-    key_id: str = ""
+    key_id: str = ""  # empty: a JWT
+    allowed: frozenset[AccessScope] | None = None  # None: all scopes of the role
+    expires_at: datetime | None = None
+    job_id: str | None = None  # a token that is bound to this job
+    is_token: bool = False  # of `POST /auth/tokens`
+    address: str | None = field(default=None, compare=False)  # where from, and in which request
+    request_id: str | None = field(default=None, compare=False)
+
+    @property
+    def scopes(self) -> frozenset[AccessScope]:
+        """What the caller may do: never more than its role."""
+        of_role = ROLE_SCOPES[self.role]
+        return of_role if self.allowed is None else of_role & self.allowed
 
     def need(self, role: Role) -> None:
         """Raise Forbidden unless the caller has `role` or a stronger one."""
-        order = list(Role)
-        if order.index(self.role) < order.index(role):
+        if not at_least(self.role, role):
             raise Forbidden(f"this needs the role {role}", needed_role=role.value)
 
-
-@dataclass(frozen=True, slots=True)
-class _Key:
-    digest: bytes
-    caller: Caller
-    expires_at: datetime | None
+    def need_scope(self, scope: AccessScope) -> None:
+        """Raise Forbidden unless the caller has `scope`."""
+        if scope not in ROLE_SCOPES[self.role] or (self.allowed is not None and scope not in self.allowed):
+            raise Forbidden(f"this needs the scope {scope}", needed_scope=scope.value)
 
 
 def make_key() -> str:
@@ -92,58 +132,9 @@ def _check(body: str) -> str:
     return digits
 
 
-def _digest(text: str) -> bytes:
+def digest_of(text: str) -> bytes:
     """What is kept of a key: the SHA-256 of its secret."""
     return hashlib.sha256(text[21:-6].encode()).digest()
-
-
-class Callers:
-    """Finds the caller behind a key; remembers it for CACHE_SECONDS. Safe to use from many threads."""
-
-    def __init__(self, database: Database, clock: Clock) -> None:
-        self._database = database
-        self._clock = clock
-        self._known: OrderedDict[str, tuple[float, _Key]] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def remembered(self, text: str) -> Caller | None:
-        """The caller if the key was seen lately: no I/O. Raises Unauthenticated for a wrong key."""
-        key_id = key_id_of(text)
-        with self._lock:
-            at, key = self._known.get(key_id, (0.0, None))
-        if key is None or self._clock.monotonic() - at > CACHE_SECONDS:
-            return None
-        return self._verified(text, key)
-
-    def authenticate(self, text: str) -> Caller:
-        """The caller behind the key. Raises Unauthenticated: unknown, revoked, expired or wrong."""
-        key_id = key_id_of(text)
-        with self._database.read() as connection:
-            k = models.api_keys.c
-            row = connection.execute(
-                sa.select(k.tenant_id, k.subject, k.role, k.digest, k.expires_at).where(
-                    k.id == key_id, k.revoked_at.is_(None)
-                )
-            ).first()
-        if row is None:
-            raise Unauthenticated("the API key is not known, or was revoked")
-        key = _Key(
-            bytes(row.digest), Caller(row.tenant_id, row.subject, Role(row.role), key_id), row.expires_at
-        )
-        caller = self._verified(text, key)
-        with self._lock:
-            self._known[key_id] = (self._clock.monotonic(), key)
-            self._known.move_to_end(key_id)
-            while len(self._known) > CACHE_SIZE:
-                self._known.popitem(last=False)
-        return caller
-
-    def _verified(self, text: str, key: _Key) -> Caller:
-        if not hmac.compare_digest(_digest(text), key.digest):
-            raise Unauthenticated("the API key is not known, or was revoked")
-        if key.expires_at is not None and key.expires_at <= self._clock.now():
-            raise Unauthenticated("the API key has expired")
-        return key.caller
 
 
 def ensure_tenant(database: Database, box: SecretBox, name: str, *, created_by: str = "cli") -> str:
@@ -181,15 +172,16 @@ def create_key(
 ) -> str:
     """Make an API key and return its text, which is shown this once and kept nowhere."""
     text = make_key()
-    row = _row(text, tenant_id=tenant_id, role=role, subject=subject, created_by=created_by)
+    row = key_row(text, tenant_id=tenant_id, role=role, subject=subject, created_by=created_by)
     with database.write() as connection:
         connection.execute(sa.insert(models.api_keys).values(row | {"expires_at": expires_at}))
     return text
 
 
-def _row(
+def key_row(
     text: str, *, tenant_id: str, role: Role, subject: str | None = None, created_by: str = "cli"
 ) -> dict[str, object]:
+    """The row of `api_keys` that lets the key `text` in."""
     key_id = key_id_of(text)
     return {
         "id": key_id,
@@ -197,7 +189,7 @@ def _row(
         "created_by": created_by,
         "subject": subject or f"key:{key_id}",
         "role": role.value,
-        "digest": _digest(text),
+        "digest": digest_of(text),
     }
 
 
@@ -214,7 +206,7 @@ def ensure_admin_key(database: Database, box: SecretBox, data_dir: Path) -> Path
         data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         _write_once(path, make_key() + "\n")
     try:
-        row = _row(path.read_text().strip(), tenant_id=tenant_id, role=Role.ADMIN, subject="admin")
+        row = key_row(path.read_text().strip(), tenant_id=tenant_id, role=Role.ADMIN, subject="admin")
     except Unauthenticated:
         raise LanewayError(f"{path} holds no API key; delete it, and a new one is made") from None
     with database.read() as connection:

@@ -344,24 +344,28 @@ class Endpoints:
     def test(self, tenant_id: str, endpoint_id: str, *, by: str, now: datetime) -> str:
         """Send a test event, whatever the endpoint subscribed to. The id of its delivery."""
         with self.database.write() as connection:
-            row = _find(connection, tenant_id, endpoint_id)
-            if row["status"] == "disabled":
-                raise Conflict("the endpoint is disabled; enable it first", current_status="disabled")
-            identity = message_id(endpoint_id, new_id(), SystemEvent.ENDPOINT_TEST)
-            told = Told(
-                id=identity,
-                tenant_id=tenant_id,
-                event_type=SystemEvent.ENDPOINT_TEST.value,
-                data={"endpoint_id": endpoint_id, "url": row["url"], "asked_by": by},
-                created_by=by,
-                targets=[Target(endpoint_id, row["url"], (), endpoint_id)],
-            )
-            record(connection, [told], now=now, trigger=TEST)
-            d = webhook_deliveries.c
-            delivery_id: str = connection.execute(
-                sa.select(d.id).where(d.message_id == identity)
-            ).scalar_one()
-            return delivery_id
+            return self.test_within(connection, tenant_id, endpoint_id, by=by, now=now)
+
+    def test_within(
+        self, connection: sa.Connection, tenant_id: str, endpoint_id: str, *, by: str, now: datetime
+    ) -> str:
+        """`test` in a transaction of the caller's."""
+        row = _find(connection, tenant_id, endpoint_id)
+        if row["status"] == "disabled":
+            raise Conflict("the endpoint is disabled; enable it first", current_status="disabled")
+        identity = message_id(endpoint_id, new_id(), SystemEvent.ENDPOINT_TEST)
+        told = Told(
+            id=identity,
+            tenant_id=tenant_id,
+            event_type=SystemEvent.ENDPOINT_TEST.value,
+            data={"endpoint_id": endpoint_id, "url": row["url"], "asked_by": by},
+            created_by=by,
+            targets=[Target(endpoint_id, row["url"], (), endpoint_id)],
+        )
+        record(connection, [told], now=now, trigger=TEST)
+        d = webhook_deliveries.c
+        delivery_id: str = connection.execute(sa.select(d.id).where(d.message_id == identity)).scalar_one()
+        return delivery_id
 
     def public_key(self, tenant_id: str) -> str:
         """What receivers verify v1a signatures with; the key pair is made when there is none."""

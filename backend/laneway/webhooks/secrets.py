@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 if TYPE_CHECKING:
     from laneway.settings import Settings
@@ -41,6 +43,7 @@ class SecretBox:
     def __init__(self, keys: Mapping[str, bytes]) -> None:
         if not keys:
             raise ValueError("a secret box needs at least one key")
+        self._keys = dict(keys)
         self._ciphers = {key_id: AESGCM(key) for key_id, key in keys.items()}
         self._sealing_id = next(iter(keys))
 
@@ -79,6 +82,13 @@ class SecretBox:
             ) from None
         except binascii.Error:
             raise ValueError("not a sealed text") from None
+
+    def derived(self, purpose: str) -> dict[str, bytes]:
+        """A key of 32 bytes for each of the box's, in their order, that is for `purpose` only (RFC 5869)."""
+        return {
+            key_id: HKDF(SHA256(), KEY_BYTES, salt=None, info=f"laneway/{purpose}".encode()).derive(key)
+            for key_id, key in self._keys.items()
+        }
 
     def reseal(self, sealed: str, context: str) -> str:
         """The same text under the first key; as it was when that one sealed it. Raises ValueError."""
