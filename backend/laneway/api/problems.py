@@ -3,31 +3,48 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
+from functools import cache
 from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import iter_route_contexts
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.routing import Route, compile_path
 
 from laneway.errors import BadRequest, LanewayError
 from laneway.log import get_logger
 
 MEDIA_TYPE = "application/problem+json"
-QUOTA_EXCEEDED = "https://iana.org/assignments/http-problem-types#quota-exceeded"
+_TYPES = {  # of draft-ietf-httpapi-ratelimit-headers-11; the others have pages of ours
+    code: f"https://iana.org/assignments/http-problem-types#{name}"
+    for code, name in (
+        ("rate_limited", "quota-exceeded"),
+        ("abnormal_usage_detected", "abnormal-usage-detected"),
+        ("temporary_reduced_capacity", "temporary-reduced-capacity"),
+    )
+}
 
 _CODES = {
     400: "bad_request",
     404: "not_found",
     405: "method_not_allowed",
     406: "not_acceptable",
+    408: "request_timeout",
     413: "payload_too_large",
     415: "unsupported_media_type",
+    431: "headers_too_large",
 }
 
 _HTTP_ERROR = "http_error"
+_NEXT_STEPS = {
+    404: "there is nothing at {path}; /docs lists what there is, all but the probes below /api/v1",
+    405: "{path} does not take {method}; `Allow` says what it takes",
+}
 _MOST_ERRORS = 100  # of one answer
 _LONGEST_POINTER = 200
 
@@ -56,7 +73,7 @@ def problem(
 ) -> Response:
     """One problem as a response."""
     body: dict[str, Any] = {
-        "type": QUOTA_EXCEEDED if code == "rate_limited" else f"/problems/{code}",
+        "type": _TYPES.get(code, f"/problems/{code}"),
         "title": title,
         "status": status,
         "detail": detail,
@@ -130,22 +147,52 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def _crash(request: Request, _: Exception) -> Response:
-        return problem(
-            request.scope,
-            status=500,
-            code=LanewayError.code,
-            title=LanewayError.title,
-            detail="Something went wrong here; the request id finds it in the log.",
-        )
+        return of_crash(request.scope)
 
     @app.exception_handler(HTTPException)
     async def _http(request: Request, error: HTTPException) -> Response:
-        phrase = HTTPStatus(error.status_code).phrase
-        return problem(
-            request.scope,
-            status=error.status_code,
-            code=_CODES.get(error.status_code, _HTTP_ERROR),
-            title=phrase,
-            detail=str(error.detail) or phrase,
-            headers=error.headers,
-        )
+        if error.status_code == 405:
+            error.headers = {"Allow": ", ".join(_methods(app, request.scope))}
+        return of_http(request.scope, error)
+
+
+def of_crash(request_scope: Mapping[str, Any]) -> Response:
+    """What nobody expected, as a response that tells nothing of it."""
+    return problem(
+        request_scope,
+        status=500,
+        code=LanewayError.code,
+        title=LanewayError.title,
+        detail="Something went wrong here; the request id finds it in the log.",
+    )
+
+
+def of_http(request_scope: Mapping[str, Any], error: HTTPException) -> Response:
+    """What the protocol is to blame for, as a response."""
+    phrase = HTTPStatus(error.status_code).phrase
+    detail = str(error.detail) or phrase
+    if detail == phrase and error.status_code in _NEXT_STEPS:
+        detail = _NEXT_STEPS[error.status_code].format(**request_scope)
+    return problem(
+        request_scope,
+        status=error.status_code,
+        code=_CODES.get(error.status_code, _HTTP_ERROR),
+        title=phrase,
+        detail=detail,
+        headers=error.headers,
+    )
+
+
+def _methods(app: FastAPI, request_scope: Mapping[str, Any]) -> list[str]:
+    """Every method that the path of a request takes, which several routes may share."""
+    methods: set[str] = set()
+    for context in iter_route_contexts(app.routes):
+        route = context.original_route
+        if isinstance(route, Route) and _pattern(context.path).match(request_scope["path"]):
+            methods |= route.methods or set()
+    return sorted(methods | ({"HEAD"} if "GET" in methods else set()))
+
+
+@cache
+def _pattern(path: str) -> re.Pattern[str]:
+    return compile_path(path)[0]
