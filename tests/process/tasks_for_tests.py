@@ -9,6 +9,7 @@ import os
 import signal
 import stat
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from laneway.engine.context import JobContext
-from laneway.engine.registry import background_job
+from laneway.sdk.decorators import background_job
 
 _never = threading.Event()
 
@@ -252,3 +253,21 @@ def raise_unprintable() -> None:
 def say(text: str) -> None:
     """Print."""
     print(text)
+
+
+@background_job("test.last_breath")
+def last_breath(deadly: bool) -> None:
+    """Ends well. If `deadly`, its process is killed as soon as that is said, before it starts another job."""
+
+    def kill_afterwards(frame: Any, event: str, _: object) -> None:
+        if event == "return" and frame.f_code.co_qualname == "Child._run":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if deadly:
+        sys.setprofile(kill_afterwards)
+
+
+@background_job("test.complain")
+def complain(about: str) -> None:
+    """Fails, and its message tells what it was given."""
+    raise ValueError(f"I do not like {about}")

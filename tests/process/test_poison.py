@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from pathlib import Path
 
@@ -149,3 +150,20 @@ def test_a_daemon_that_a_job_left_behind_dies_with_its_child(stack: Stack, tmp_p
     assert is_alive(daemon), "the child lives on"
     stack.wait(stack.enqueue("demo.noop"))
     stack.until(lambda: not is_alive(daemon), what="the daemon is dead")
+
+
+def test_a_child_killed_between_two_jobs_leaves_nobody_to_blame(stack: Stack) -> None:
+    worker = stack.worker(concurrency=1, LANEWAY_LOG_FORMAT="json")
+    brief = [("test.last_breath", {"deadly": False}), ("demo.noop", {})]
+    stack.wait_all(stack.enqueue_all(brief * 40))  # from now on they travel in rounds
+    worker.send(signal.SIGSTOP)
+    round_ = stack.enqueue_all([("test.last_breath", {"deadly": True}), *[("demo.noop", {})] * 3])
+    worker.send(signal.SIGCONT)
+    stack.wait_all(round_)
+    worker.wait_for("child_died")
+    [death] = [json.loads(line) for line in worker.said().splitlines() if '"child_died"' in line]
+    assert (death["how"], death["job_id"]) == (
+        "killed by signal 9 (SIGKILL), as the kernel does when memory runs out",
+        None,
+    )
+    assert [(stack.row(each)["attempt"], stack.row(each)["crash_count"]) for each in round_] == [(1, 0)] * 4

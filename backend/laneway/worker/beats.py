@@ -11,6 +11,7 @@ from laneway.clock import Clock
 from laneway.db import Database
 from laneway.engine import leases
 from laneway.engine.leases import Wish
+from laneway.engine.pauses import paused_names
 from laneway.log import get_logger
 from laneway.settings import Settings
 
@@ -20,7 +21,7 @@ log = get_logger("beats")
 class Beats:
     """Beats every `beat_seconds`, and at once when told to; hands on the wishes it reads.
 
-    `named` is told which of the jobs that have begun the database knows of now.
+    `named` is told which of the jobs that have begun the database knows of now, `paused` which queues are.
 
     `lost` is called once the lease can no longer be trusted: the database says that this worker is dead, or
     no beat went through for the lease less two beats. Whoever runs jobs must then stop them.
@@ -37,6 +38,7 @@ class Beats:
         wished: Callable[[list[Wish]], None],
         lost: Callable[[], None],
         named: Callable[[Sequence[str]], None] = lambda _: None,
+        paused: Callable[[frozenset[str]], None] | None = None,
     ) -> None:
         self._database = Database(
             settings.database, pool_size=1, statement_seconds=settings.worker_statement_seconds
@@ -50,6 +52,7 @@ class Beats:
         self._wished = wished
         self._lost = lost
         self._named = named
+        self._paused = paused
         self._last = clock.monotonic()
         self._wake = threading.Event()
         self._stopping = threading.Event()
@@ -91,5 +94,15 @@ class Beats:
                 self._named(begun)
                 if wishes:
                     self._wished(wishes)
+                self._learn_paused()
             self._wake.wait(self._every)
             self._wake.clear()
+
+    def _learn_paused(self) -> None:
+        """Read which queues are paused. Without an answer the last one holds: the claim knows better."""
+        if self._paused is None:
+            return
+        try:
+            self._paused(paused_names(self._database))
+        except (sa.exc.DBAPIError, sa.exc.TimeoutError) as error:
+            log.warning("pauses_not_read", worker_id=self._worker_id, error=type(error).__name__)

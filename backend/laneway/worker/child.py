@@ -7,8 +7,9 @@ From the child: ["end", job_id, kind, values…, run_ms]   kind names a class of
                 ["back", [job_id, …]]                     the rest of a round, not started
 
 Children hold no connection and no lock: killing one at any instant breaks nothing but its own job. Each
-ending is written before the next job starts, so the first job of a round without an ending is the one
-that ran when a child died.
+ending is written before the next job starts, and each start is counted in memory that outlives the child:
+so the first job of a round without an ending is the one that ran when a child died, if one more was
+started than ended, and else none ran.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ from typing import Any
 from laneway.engine.context import Progress
 from laneway.engine.endings import Ending, Raised
 from laneway.engine.registry import Registry
+from laneway.engine.running import Runner
 from laneway.worker.alarm import Alarm
-from laneway.worker.memory import forget_peak, private_mib
-from laneway.worker.running import Runner
+from laneway.worker.memory import Count, forget_peak, private_mib
 from laneway.worker.wire import Frames, pack
 
 HAND_BACK_SECONDS = 0.02
@@ -47,8 +48,9 @@ class Child:
     written or a wish is read, and a line that is not the `current` one says no more.
     """
 
-    def __init__(self, stream: socket.socket, registry: Registry) -> None:
+    def __init__(self, stream: socket.socket, registry: Registry, begun: Count) -> None:
         self._stream = stream
+        self._begun = begun
         self._registry = registry
         self._round: deque[list[Any]] = deque()
         self.frames = Frames(stream)
@@ -73,6 +75,7 @@ class Child:
     def _run(self, job: list[Any]) -> None:
         job_id, attempt, name, parameters, timeout_seconds = job
         line = self.current = JobLine(self, job_id)
+        self._begun.up()
         started = time.perf_counter()
         job_type = self._registry.get(name)
         ending: Ending
@@ -152,8 +155,8 @@ class JobLine:
         return self._cancelled
 
 
-def live(stream: socket.socket, registry: Registry, *, memory_mib: int) -> None:
-    """The whole life of a forked child; does not return.
+def live(stream: socket.socket, registry: Registry, begun: Count, *, memory_mib: int) -> None:
+    """The whole life of a forked child; does not return. `begun` counts the jobs it starts.
 
     It may take `memory_mib` beyond what it was born with: a handler that asks for more gets MemoryError
     (setrlimit(2), RLIMIT_DATA; what it starts has the same limit). 0 sets none.
@@ -168,7 +171,7 @@ def live(stream: socket.socket, registry: Registry, *, memory_mib: int) -> None:
             limit = (born_with + memory_mib) << 20
             resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
         gc.enable()
-        Child(stream, registry).serve()
+        Child(stream, registry, begun).serve()
     except (BrokenPipeError, ConnectionResetError):
         pass  # the pool has gone
     except BaseException:

@@ -51,6 +51,7 @@ class ChildProcess:
     jobs: dict[str, Claimed] = field(default_factory=dict)
     since: float = 0.0  # monotonic: when the first of `jobs` started, at the latest
     served: int = 0
+    ended: int = 0  # of those served, those whose ending was heard
     doom: Doom | None = None
     doomed_job: str = ""  # the job that ran when it was killed
     cancel_at: float | None = None  # monotonic: when the grace of a cancel is over

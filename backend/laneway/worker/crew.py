@@ -98,7 +98,7 @@ class Crew:
                 self._welcome(message["child"])
             elif message["exit"] in self._children:
                 child = self._children[message["exit"]]
-                self._bury(child, message["status"], peak_memory_mib=message["peak_memory_mib"])
+                self._bury(child, message)
 
     def _welcome(self, child: ChildProcess) -> None:
         self._children[child.pid] = child
@@ -135,6 +135,7 @@ class Crew:
         match message:
             case ["end", job_id, kind, *values, run_ms]:
                 child.since, child.cancel_at, child.progress = now, None, None
+                child.ended += 1
                 if (job := child.jobs.pop(job_id, None)) is not None:
                     self._dealer.learn(job.job_type, run_ms / 1000)
                     self._ledger.end(job, _ENDINGS[kind](*values))
@@ -148,16 +149,23 @@ class Crew:
                     self._dealer.learn(child.current.job_type, now - child.since)
                 self._dealer.put_back(back, now=now)
 
-    def _bury(self, child: ChildProcess, status: int, *, peak_memory_mib: int) -> None:
-        """A child has exited: what it had said counts, then its current job bears the blame."""
+    def _bury(self, child: ChildProcess, report: dict[str, Any]) -> None:
+        """A child has exited: what it had said counts, then its current job bears the blame.
+
+        One that was killed between two jobs, by whomever, leaves nobody to blame.
+        """
+        status = report["status"]
         if child.doom is not Doom.RECYCLED:
             self._hear_out(child)
         del self._children[child.pid]
         self._expected -= 1
-        current, *rest = child.jobs.values() or (None,)
+        left = list(child.jobs.values())
+        between = child.doom is None and os.WIFSIGNALED(status) and report["begun"] == child.ended
+        current = left.pop(0) if left and not between else None
         if current is not None:
-            self._ledger.end(current, _blame(child, current, status, peak_memory_mib=peak_memory_mib))
-        self._dealer.put_back([job for job in rest if job is not None], now=self._clock.monotonic())
+            blame = _blame(child, current, status, peak_memory_mib=report["peak_memory_mib"])
+            self._ledger.end(current, blame)
+        self._dealer.put_back(left, now=self._clock.monotonic())
         if child.doom is None:
             log.warning("child_died", pid=child.pid, how=_how(status), job_id=current and current.job_id)
 

@@ -27,12 +27,13 @@ from laneway.engine.exchange import Holder, exchange
 from laneway.engine.leases import Wish
 from laneway.engine.outcomes import Claimed
 from laneway.engine.registry import load
+from laneway.engine.running import Runner
 from laneway.lanes.live import RedisNews
 from laneway.log import configure, get_logger
 from laneway.settings import Settings, get_settings
 from laneway.webhooks.messages import WAKE_CHANNEL
+from laneway.worker.alarm import Alarm
 from laneway.worker.beats import Beats
-from laneway.worker.running import Runner
 
 SAVE_PROGRESS_SECONDS = 1.0
 
@@ -96,7 +97,7 @@ class _Run:
         beats.start()
         try:
             threading.Thread(target=self._watch, daemon=True).start()
-            ending = Runner().run(
+            ending = Runner(Alarm()).run(
                 registry.need(job.job_type),
                 job_id=job.job_id,
                 attempt=job.attempt,

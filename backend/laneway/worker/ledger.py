@@ -30,9 +30,8 @@ log = get_logger("worker")
 class Ledger:
     """The jobs of one worker. Used by the pool's own thread; only `tokens` is for that of the beats."""
 
-    def __init__(self, database: Database, *, lanes: Sequence[str], clock: Clock) -> None:
+    def __init__(self, database: Database, *, clock: Clock) -> None:
         self._database = database
-        self._lanes = lanes
         self._clock = clock
         self._held: dict[str, Claimed] = {}  # by lease token
         self._claiming: list[str] = []
@@ -87,13 +86,13 @@ class Ledger:
 
     # Transactions
 
-    def find(self, count: int, *, queued_for_seconds: float = 0.0) -> list[str] | None:
+    def find(self, lanes: Sequence[str], count: int, *, queued_for_seconds: float = 0.0) -> list[str] | None:
         """The ids that the lanes would give, from the database; None when it is away."""
         before = self._clock.now() - timedelta(seconds=queued_for_seconds)
         try:
             with self._database.read() as connection:
                 return leases.find_queued(
-                    connection, self._lanes, self._holder.job_types, limit=count, before=before
+                    connection, lanes, self._holder.job_types, limit=count, before=before
                 )
         except (sa.exc.DBAPIError, sa.exc.TimeoutError):
             return None

@@ -12,7 +12,7 @@ and is killed then.
 
 Messages on the control socket (SOCK_SEQPACKET, JSON): to the nursery `"spawn"`; from it
 `{"ready": [job types]}`, `{"failed": text}`, `{"child": pid}` with the child's socket attached, and
-`{"exit": pid, "status": wait status, "peak_memory_mib": largest resident set}`.
+`{"exit": pid, "status": wait status, "begun": jobs it started, "peak_memory_mib": largest resident set}`.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from pathlib import Path
 
 from laneway.engine.registry import Registry, load
 from laneway.worker import child
+from laneway.worker.memory import Count
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
@@ -65,7 +66,7 @@ class Nursery:
         self._control = control
         self._registry = registry
         self._memory_mib = memory_mib  # of one child, beyond what it is born with; 0: no limit
-        self._children: set[int] = set()
+        self._children: dict[int, Count] = {}  # how many jobs each has started
         self._loaded = set(_own_processes())  # what a task module started when it was loaded
         self._wake = socket.socketpair()  # as long-lived as this: signals come when the loop has ended too
 
@@ -103,6 +104,7 @@ class Nursery:
 
     def _spawn(self, *, inherited: tuple[socket.socket, ...]) -> None:
         ours, theirs = socket.socketpair()
+        begun = Count()
         me = os.getpid()
         pid = os.fork()
         if pid == 0:
@@ -113,11 +115,11 @@ class Nursery:
                 for stream in (self._control, ours, *inherited):
                     stream.close()
                 adopt_orphans()
-                child.live(theirs, self._registry, memory_mib=self._memory_mib)
+                child.live(theirs, self._registry, begun, memory_mib=self._memory_mib)
             finally:
                 os._exit(child.BROKEN)
         theirs.close()
-        self._children.add(pid)
+        self._children[pid] = begun
         try:
             os.setpgid(pid, pid)  # here and in the child: whoever is first, a kill finds the group
         except (PermissionError, ProcessLookupError):
@@ -131,12 +133,11 @@ class Nursery:
             if dead in self._children:
                 _kill_group(dead)  # before it is reaped: until then nobody else can get its number
             _, status, usage = os.wait4(dead, 0)
-            for orphan in {*_own_processes()} - self._children - self._loaded:
+            for orphan in {*_own_processes()} - self._children.keys() - self._loaded:
                 os.kill(orphan, signal.SIGKILL)  # its own children come to us when it is reaped
-            if dead in self._children:
-                self._children.discard(dead)
+            if (begun := self._children.pop(dead, None)) is not None:
                 peak = usage.ru_maxrss // PEAK_UNITS_A_MIB
-                report = {"exit": dead, "status": status, "peak_memory_mib": peak}
+                report = {"exit": dead, "status": status, "begun": begun.read(), "peak_memory_mib": peak}
                 self._control.send(json.dumps(report).encode())
 
 

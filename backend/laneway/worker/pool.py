@@ -21,6 +21,7 @@ import socket
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from random import Random
 from typing import Any
 
@@ -34,6 +35,7 @@ from laneway.engine.endings import Unfinished
 from laneway.engine.exchange import Holder, Settled
 from laneway.engine.leases import Wish
 from laneway.engine.outcomes import Claimed
+from laneway.engine.pauses import open_lanes
 from laneway.errors import StorageUnavailable
 from laneway.lanes.backend import LanesUnavailable
 from laneway.lanes.live import WISHES_CHANNEL, RedisNews, listen
@@ -89,7 +91,7 @@ class PoolWorker:
         for end in (self._wake_in, self._wake_out):
             end.setblocking(False)
         self._selector.register(self._wake_in, selectors.EVENT_READ, lambda: self._wake_in.recv(4096))
-        self._ledger = Ledger(self._database, lanes=self._lane_names, clock=self._clock)
+        self._ledger = Ledger(self._database, clock=self._clock)
         self._dealer = Dealer()
         self._crew = Crew(
             self._nursery,
@@ -103,6 +105,7 @@ class PoolWorker:
         # From the thread of the beats, and for it
         self._wishes: deque[Wish] = deque()
         self._named: deque[str] = deque()
+        self._paused: frozenset[str] = frozenset()  # queues whose lanes are left alone
         self._begun: list[str] = []
         self._suspects: dict[str, Claimed] = {}  # by lease token: started once a beat has named them
         self._signals = 0
@@ -261,19 +264,20 @@ class PoolWorker:
             return [], False
         self._rung.clear()
         self._look_at = now + self._settings.poll_seconds
+        lanes = open_lanes(self._lane_names, self._paused)
         if self._cut_off:  # ids taken off the lanes now would be lost to workers that can claim them
-            found = self._ledger.find(room)
+            found = self._ledger.find(lanes, room)
             self._cut_off = found is None
             return found or [], True
         searched = False
         try:
-            ids = self._lanes.take(self._lane_names, room, worker_name=self._face.name)
+            ids = self._lanes.take(lanes, room, worker_name=self._face.name)
         except LanesUnavailable:
-            ids, searched = self._ledger.find(room) or [], True
+            ids, searched = self._ledger.find(lanes, room) or [], True
         else:
             if not ids and now >= self._own_look_at:
                 self._own_look_at = now + OWN_LOOK_SECONDS
-                ids = self._ledger.find(room, queued_for_seconds=OWN_LOOK_SECONDS) or []
+                ids = self._ledger.find(lanes, room, queued_for_seconds=OWN_LOOK_SECONDS) or []
                 searched = True
         if not ids:
             self._listening.set()
@@ -286,6 +290,9 @@ class PoolWorker:
         self._news.changed([s.job.job_id for s in settled])
         if any(s.webhook for s in settled):
             self._news.ring_courier()
+        if due := [pair for s in settled for pair in s.due]:
+            with suppress(LanesUnavailable):  # the reconciler rings again
+                self._lanes.push(due)
 
     def _hand_back(self) -> None:
         for job in self._dealer.take_all():
@@ -319,8 +326,13 @@ class PoolWorker:
         while not self._stopping.is_set():
             self._listening.wait()
             self._listening.clear()
+            queues = [queue for queue in self._queues if queue not in self._paused]
+            if not queues:
+                self._stopping.wait(self._settings.poll_seconds)
+                self._listening.set()
+                continue
             try:
-                rung = self._lanes.wait(self._queues, BELL_SECONDS)
+                rung = self._lanes.wait(queues, BELL_SECONDS)
             except LanesUnavailable:
                 self._stopping.wait(self._settings.poll_seconds)
                 continue
@@ -346,6 +358,13 @@ class PoolWorker:
     def _hear_wishes(self, wishes: list[Wish]) -> None:
         self._wishes.extend(wishes)
         self._wake()
+
+    def _hear_paused(self, queues: frozenset[str]) -> None:
+        if queues != self._paused:
+            log.info("paused_queues_changed", queues=sorted(queues))
+            self._paused = queues
+            self._rung.set()  # look at once: one may have been resumed
+            self._wake()
 
     def _lose_lease(self) -> None:
         self._lost = True
@@ -375,6 +394,7 @@ class PoolWorker:
             wished=self._hear_wishes,
             lost=self._lose_lease,
             named=self._hear_named,
+            paused=self._hear_paused,
         )
         self._beats.start()
 

@@ -1,8 +1,8 @@
-"""Running one handler to an ending, in the process's main thread, under its timeout.
+"""Running one handler to an ending, under its timeout.
 
-The soft timeout is SIGALRM. In a plain function its handler raises JobTimeout, a BaseException, so that
-`except Exception` cannot swallow it; a coroutine is cancelled. What swallows even that, or sits in C
-code, is killed a grace later by whoever supervises this process.
+The soft timeout is the alarm's: a worker's is SIGALRM. In a plain function it raises JobTimeout, a
+BaseException, so that `except Exception` cannot swallow it; a coroutine is cancelled. What swallows even
+that, or sits in C code, is killed a grace later by whoever supervises this process, if there is one.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import asyncio
 import contextvars
 import traceback
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, Protocol
 
 from laneway.domain.payload import to_json
 from laneway.domain.retry import Category, category_of
@@ -27,16 +27,23 @@ from laneway.engine.endings import (
 )
 from laneway.engine.registry import JobType
 from laneway.errors import JobCancelled, JobTimeout, Retry, Snooze
-from laneway.worker.alarm import Alarm
 
 NAG_SECONDS = 1.0  # between one soft timeout and the next, for a handler that swallowed it
+
+
+class Alarm(Protocol):
+    """Calls actions once their time has come, in the thread that runs the handler."""
+
+    def set(self, name: str, action: Callable[[], None], *, seconds: float) -> None: ...
+
+    def clear(self, name: str) -> None: ...
 
 
 class Runner:
     """Runs handlers one after another. Keeps one event loop for those that are `async`."""
 
-    def __init__(self, alarm: Alarm | None = None) -> None:
-        self._alarm = alarm or Alarm()
+    def __init__(self, alarm: Alarm) -> None:
+        self._alarm = alarm
         self._loop: asyncio.AbstractEventLoop | None = None
         self._task: asyncio.Task[Any] | None = None
 
@@ -51,7 +58,13 @@ class Runner:
         line: Line,
     ) -> Ending:
         """Call the handler and say how it ended. Never raises what the handler raised."""
-        context = JobContext(job_id=job_id, job_type=job_type.name, attempt=attempt, line=line)
+        context = JobContext(
+            job_id=job_id,
+            job_type=job_type.name,
+            attempt=attempt,
+            line=line,
+            track_progress=job_type.track_progress,
+        )
         timed_out = False
 
         def expire() -> None:
@@ -62,8 +75,7 @@ class Runner:
 
         try:
             arguments = job_type.arguments(parameters)
-            for name in job_type.injected:
-                arguments[name] = context if name == "job" else context.progress_callback
+            arguments |= injections(job_type, context)
             self._alarm.set("timeout", expire, seconds=timeout_seconds)
             try:
                 if job_type.is_async:
@@ -73,14 +85,10 @@ class Runner:
             finally:
                 self._alarm.clear("timeout")
             return Returned(to_json(result, what="result") if result is not None else None)
-        except JobCancelled:
-            return Cancelled()
         except BaseException as error:
-            if timed_out:
+            if timed_out and not isinstance(error, JobCancelled):
                 return TimedOut(timeout_seconds, _trace(error))
-            return _raised(
-                error, category_of(error, retry_on=job_type.retry_on, no_retry_on=job_type.no_retry_on)
-            )
+            return ending_of(error, job_type)
         finally:
             self._alarm.clear("timeout")  # again: the one above may be where the alarm struck
 
@@ -107,6 +115,28 @@ class Runner:
             _finish_stragglers(loop)
 
 
+def injections(job_type: JobType, context: JobContext) -> dict[str, Any]:
+    """What the function is handed besides the job's parameters."""
+    given = {"job": context, "progress_callback": context.progress_callback}
+    return {name: given[name] for name in job_type.injected}
+
+
+def ending_of(error: BaseException, job_type: JobType) -> Ending:
+    """The ending that a handler's exception makes."""
+    if isinstance(error, JobCancelled):
+        return Cancelled()
+    category = category_of(error, retry_on=job_type.retry_on, no_retry_on=job_type.no_retry_on)
+    name, text = type(error).__name__, _words(error)
+    match error:
+        case Retry():
+            return Raised(name, text, in_seconds=error.in_seconds)
+        case Snooze():
+            return Raised(name, text, in_seconds=error.in_seconds, charged=False)
+        case SystemExit():
+            text = f"the handler called sys.exit({error.code!r})"
+    return Raised(name, text, _trace(error), permanent=category is Category.PERMANENT)
+
+
 def _call(context: JobContext, function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
     enter(context)
     return function(**arguments)
@@ -119,18 +149,6 @@ def _finish_stragglers(loop: asyncio.AbstractEventLoop) -> None:
         task.cancel()
     if tasks:
         loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
-
-
-def _raised(error: BaseException, category: Category) -> Ending:
-    name, text = type(error).__name__, _words(error)
-    match error:
-        case Retry():
-            return Raised(name, text, in_seconds=error.in_seconds)
-        case Snooze():
-            return Raised(name, text, in_seconds=error.in_seconds, charged=False)
-        case SystemExit():
-            text = f"the handler called sys.exit({error.code!r})"
-    return Raised(name, text, _trace(error), permanent=category is Category.PERMANENT)
 
 
 def _words(error: BaseException) -> str:
