@@ -191,6 +191,51 @@ def add_endpoint(database: Database, *event_types: str, **columns: Any) -> str:
     return str(row["id"])
 
 
+def schedule_columns(**columns: Any) -> dict[str, Any]:
+    """A schedule's row: every minute in UTC from NOW on, but for `columns`."""
+    row: dict[str, Any] = {
+        "id": new_id(),
+        "tenant_id": TENANT,
+        "created_by": "alice",
+        "name": None,
+        "job_type": "demo.echo",
+        "parameters": {"x": 1},
+        "queue": "default",
+        "priority": "normal",
+        "timeout_seconds": 60,
+        "max_retries": 3,
+        "retry_delay_seconds": 10.0,
+        "retry_backoff": 2.0,
+        "retry_max_delay_seconds": 100.0,
+        "retry_jitter": False,
+        "cron_expression": None,
+        "interval_seconds": None,
+        "timezone": "UTC",
+        "starts_at": None,
+        "ends_at": None,
+        "jitter_seconds": 0,
+        "max_concurrent_runs": 1,
+        "overlap": "skip",
+        "misfire": "fire_once",
+        "is_active": True,
+        "anchor_at": NOW,
+        "last_slot": None,
+        "next_slot": NOW,
+        "due_at": NOW,
+    } | columns
+    if row["cron_expression"] is None and row["interval_seconds"] is None:
+        row["interval_seconds"] = 60
+    return row
+
+
+def add_schedule(database: Database, **columns: Any) -> str:
+    """The id of a new schedule."""
+    row = schedule_columns(**columns)
+    with database.write() as connection:
+        connection.execute(sa.insert(models.schedules).values(row))
+    return str(row["id"])
+
+
 def change(database: Database, table: sa.Table, row_id: str, **columns: Any) -> None:
     """Write `columns` past the engine: what another process, or an operator, would have done."""
     with database.write() as connection:
@@ -215,11 +260,11 @@ def hold_of(database: Database, job_id: str) -> tuple[str, int, str]:
 
 
 def events_of(database: Database, job_id: str) -> list[dict[str, Any]]:
-    """The job's events, in order."""
+    """The job's events, in order, without the number of their transaction."""
     e = models.job_events
     with database.read() as connection:
         found = connection.execute(sa.select(e).where(e.c.job_id == job_id).order_by(e.c.seq))
-        return [{str(name): value for name, value in row.items()} for row in found.mappings()]
+        return [{str(k): value for k, value in row.items() if k != "tx"} for row in found.mappings()]
 
 
 def rows_of(database: Database, table: sa.Table) -> list[sa.RowMapping]:

@@ -5,16 +5,19 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
+from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
 from feedback_summaries import store
-from laneway.api import jobs, queues
-from laneway.api.gate import GatedRoute, access
+from laneway.api import compat, jobs, queues, scheduled_jobs
+from laneway.api.gate import GatedRoute, access, charge_jobs
+from laneway.api.idempotency import IdempotencyKey, key_of, once, replayed
 from laneway.api.jobs import accepted, as_json
 from laneway.api.runtime import CallerDep, RuntimeDep, in_thread
 from laneway.api.schemas import JobView, problems
 from laneway.domain.spec import JobSpec, Priority
+from laneway.engine import idempotency
 from laneway.engine.service import Prepared
 from laneway.limits.rules import RateClass
 
@@ -70,9 +73,9 @@ class BatchAnswer(BaseModel):
     status_code=202,
     response_model=JobView,
     operation_id="queueFeedbackSummary",
-    responses=problems(400, 404, 413, 415),
+    responses=problems(400, 404, 409, 413, 415),
 )
-@access(RateClass.QUEUE)
+@access(RateClass.QUEUE, jobs=1)
 async def queue_summary(
     request: Request,
     evaluation_id: int,
@@ -80,11 +83,15 @@ async def queue_summary(
     caller: CallerDep,
     runtime: RuntimeDep,
     body: SummaryRequest | None = None,
+    idempotency_key: IdempotencyKey = None,
 ) -> Response:
     """Queue the summary of one student's feedback; the active job when there is one."""
     store.comments(evaluation_id, student_id)  # 404 for what is not there
-    prepared = runtime.service.prepare((body or SummaryRequest()).spec(evaluation_id, student_id), caller)
-    return accepted(request, await runtime.new_jobs.add(prepared))
+    about = (evaluation_id, student_id)
+    key = key_of(request, caller, "queueFeedbackSummary", await request.body(), of=about)
+    prepared = runtime.service.prepare((body or SummaryRequest()).spec(*about), caller, key=key)
+    job = await once(lambda: runtime.new_jobs.add(prepared))
+    return replayed(accepted(request, job), job)
 
 
 @router.post(
@@ -94,11 +101,17 @@ async def queue_summary(
     operation_id="queueFeedbackSummaries",
     responses=problems(400, 404, 413, 415),
 )
-@access(RateClass.BATCH)
+@access(RateClass.BATCH, jobs=None)
 async def queue_summaries(
-    evaluation_id: int, caller: CallerDep, runtime: RuntimeDep, body: BatchRequest | None = None
+    request: Request,
+    evaluation_id: int,
+    caller: CallerDep,
+    runtime: RuntimeDep,
+    body: BatchRequest | None = None,
+    idempotency_key: IdempotencyKey = None,
 ) -> Response:
     """Queue the summaries of an evaluation in one transaction."""
+    key = key_of(request, caller, "queueFeedbackSummaries", await request.body(), of=evaluation_id)
     body = body or BatchRequest()
     students = list(dict.fromkeys(body.student_ids or store.student_ids(evaluation_id)))
     for student_id in students:
@@ -106,12 +119,17 @@ async def queue_summaries(
     prepared = [
         runtime.service.prepare(body.spec(evaluation_id, student_id), caller) for student_id in students
     ]
-    answers = await in_thread(runtime.service.enqueue, prepared)
-    for answer in answers:
-        if isinstance(answer, Exception):
-            raise answer
-    made = [answer for answer in answers if isinstance(answer, dict)]
-    return as_json(_answer(students, prepared, made), 202)
+    await charge_jobs(request, len(prepared))
+
+    def make() -> dict[str, Any]:
+        answers = runtime.service.enqueue(prepared)
+        for answer in answers:
+            if isinstance(answer, Exception):
+                raise answer
+        return _answer(students, prepared, [answer for answer in answers if isinstance(answer, dict)])
+
+    queued = await in_thread(idempotency.around, runtime.database, key, make, now=runtime.clock.now())
+    return replayed(as_json(queued, 202), queued)
 
 
 def _answer(students: list[int], prepared: list[Prepared], made: list[dict[str, Any]]) -> dict[str, Any]:
@@ -142,3 +160,6 @@ router.add_api_route(
 router.add_api_route(
     "/queue/health", queues.get_queue_health, operation_id="getFeedbackQueueHealth", responses=problems()
 )
+for _route in scheduled_jobs.router.routes:
+    if isinstance(_route, APIRoute):
+        compat.add_alias(router, _route.path, _route, suffix="OfFeedback", tag="feedback summaries")

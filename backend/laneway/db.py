@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -33,6 +34,14 @@ CONNECT_SECONDS = 3  # libpq takes whole seconds, from 2 on
 SILENCE_FACTOR = 1.2  # of the statement timeout: a server that lives has cancelled the statement by then
 BREAK_SECONDS = 1.0
 SQLITE_BUSY_SECONDS = 10.0
+
+TENANT_ROLE = "laneway_tenant"
+"""The role, on PostgreSQL, that row-level security holds to one tenant (engine/row_security.py)."""
+
+TENANT_VARIABLE = "laneway.tenant"
+
+acting_for: ContextVar[str | None] = ContextVar("acting_for", default=None)
+"""Whose rows the present work may touch where row security is on: a tenant's id; None: everybody's."""
 
 _READ_ONLY = "25006"
 
@@ -96,6 +105,26 @@ def _postgresql_now(_element: Any, _compiler: Any, **_: Any) -> str:
     return "now()"
 
 
+class transaction_number(FunctionElement[int]):  # noqa: N801 - used like a SQL function
+    """The number of the writing transaction, as a column default: PostgreSQL's own, which never comes back.
+
+    SQLite has none, so there the statement that writes the row says it.
+    """
+
+    type = sa.BigInteger()
+    inherit_cache = True
+
+
+@compiles(transaction_number, "sqlite")
+def _sqlite_transaction(_element: Any, _compiler: Any, **_: Any) -> str:
+    return "NULL"
+
+
+@compiles(transaction_number, "postgresql")
+def _postgresql_transaction(_element: Any, _compiler: Any, **_: Any) -> str:
+    return "CAST(CAST(pg_current_xact_id() AS text) AS bigint)"
+
+
 def stored(moment: datetime | None) -> str | None:
     """A moment as SQLite keeps it, for parameters inside JSON."""
     if moment is None:
@@ -104,6 +133,10 @@ def stored(moment: datetime | None) -> str | None:
         raise ValueError("a moment needs a time zone")
     return moment.astimezone(UTC).replace(tzinfo=None).isoformat(" ", "microseconds")
 
+
+_NARROW = sa.text(
+    f"SELECT set_config('{TENANT_VARIABLE}', :tenant, true), set_config('role', '{TENANT_ROLE}', true)"
+)
 
 _POSTGRES_TYPES = {
     "id": "uuid",
@@ -188,15 +221,24 @@ class Database:
 
     A write transaction on SQLite begins IMMEDIATE: a deferred one that reads first and writes later is
     refused when another writer came between (SQLITE_BUSY, not retried by the busy timeout).
+
+    With `row_security`, PostgreSQL itself keeps the transactions of whoever is `acting_for` a tenant to that
+    tenant's rows, whatever their queries say.
     """
 
     def __init__(
-        self, url: str, *, pool_size: int = POOL_SIZE, statement_seconds: float = STATEMENT_SECONDS
+        self,
+        url: str,
+        *,
+        pool_size: int = POOL_SIZE,
+        statement_seconds: float = STATEMENT_SECONDS,
+        row_security: bool = False,
     ) -> None:
         self.url = sa.make_url(url)
         self.dialect = self.url.get_backend_name()
         self._pool_size = pool_size
         self._statement_seconds = statement_seconds
+        self._row_security = row_security and self.dialect == "postgresql"
         self._breaker = Breaker(time.monotonic, seconds=BREAK_SECONDS)
 
     @cached_property
@@ -218,11 +260,12 @@ class Database:
             if self.dialect == "sqlite":
                 connection.execution_options(laneway_immediate=True)
             with connection.begin():
+                self._narrow(connection)
                 yield connection
 
     @contextmanager
     def write_once(self) -> Iterator[sa.Connection]:
-        """For one writing statement and reads after it.
+        """For one writing statement and reads after it. Row security does not see them.
 
         On PostgreSQL the statement commits by itself: one round trip where BEGIN and COMMIT make it three.
         """
@@ -237,7 +280,14 @@ class Database:
     def read(self) -> Iterator[sa.Connection]:
         """A transaction that only looks."""
         with self._connected() as connection, connection.begin():
+            self._narrow(connection)
             yield connection
+
+    def _narrow(self, connection: sa.Connection) -> None:
+        """For the rest of the transaction: only the rows of the tenant that this work is for."""
+        tenant_id = acting_for.get()
+        if self._row_security and tenant_id is not None:
+            connection.execute(_NARROW, {"tenant": tenant_id})
 
     @contextmanager
     def _connected(self) -> Iterator[sa.Connection]:

@@ -5,26 +5,43 @@
     │   └── WebhookNotVerified     raised to receivers, by verify_webhook
     ├── Unauthenticated       401
     ├── Forbidden             403  known caller, missing right
+    │   ├── HostNotAllowed
+    │   └── OriginNotAllowed
     ├── NotFound              404  also for what belongs to another tenant
+    │   ├── KeyNotFound
     │   ├── DeadLetterNotFound
     │   ├── JobNotFound
     │   ├── JobTypeNotFound
     │   ├── EndpointNotFound
-    │   └── DeliveryNotFound
+    │   ├── DeliveryNotFound
+    │   ├── BatchNotFound
+    │   ├── ChainNotFound
+    │   ├── ChainRunNotFound
+    │   ├── ScheduleNotFound
+    │   ├── QueueNotFound
+    │   └── TenantNotFound
     ├── Conflict              409  the state does not allow it; facts.current_status
     │   ├── IllegalTransition
     │   ├── NotFinished
+    │   ├── IdempotencyInProgress
     │   └── UniqueKeyTaken
+    ├── PreconditionFailed    412  it has changed since it was read
     ├── PayloadTooLarge       413
     ├── Unprocessable         422  readable, and wrong; `errors` points at the fields
+    │   ├── IdempotencyKeyReused
     │   ├── InvalidParameters
     │   ├── InvalidPayload
+    │   ├── UnknownDependency
     │   ├── UnknownJobType
+    │   ├── CostExceedsQuota       waiting does not help
     │   └── WebhookUrlRefused
     ├── RateLimited           429
+    │   ├── AbnormalUsage          too many failed logins from one address
+    │   └── ConcurrentRequests     too many streams and long waits at once
     ├── QuotaQueued           429  too many jobs of the tenant wait
     └── Unavailable           503  try again
         ├── StorageUnavailable     nobody can say that anything was written
+        ├── CapacityReduced        a rate limit cannot be checked, and is set to refuse then
         └── Overloaded             too many jobs wait
 
 A handler answers by raising: PermanentError, TransientError, Retry, Snooze. JobCancelled and
@@ -96,6 +113,14 @@ class Forbidden(LanewayError):
     code, status, title = "forbidden", 403, "The caller may not do this"
 
 
+class HostNotAllowed(Forbidden):
+    code, title = "host_not_allowed", "The API does not answer to this host name"
+
+
+class OriginNotAllowed(Forbidden):
+    code, title = "origin_not_allowed", "Pages of this origin may not call the API"
+
+
 class NotFound(LanewayError):
     code, status, title = "not_found", 404, "There is nothing here"
 
@@ -120,6 +145,34 @@ class DeliveryNotFound(NotFound):
     code, title = "delivery_not_found", "There is no such webhook delivery"
 
 
+class BatchNotFound(NotFound):
+    code, title = "batch_not_found", "There is no such batch"
+
+
+class ChainNotFound(NotFound):
+    code, title = "chain_not_found", "There is no such chain"
+
+
+class ChainRunNotFound(NotFound):
+    code, title = "chain_run_not_found", "There is no such run of the chain"
+
+
+class ScheduleNotFound(NotFound):
+    code, title = "schedule_not_found", "There is no such schedule"
+
+
+class QueueNotFound(NotFound):
+    code, title = "queue_not_found", "There is no such queue"
+
+
+class TenantNotFound(NotFound):
+    code, title = "tenant_not_found", "There is no such tenant"
+
+
+class KeyNotFound(NotFound):
+    code, title = "key_not_found", "There is no such API key"
+
+
 class Conflict(LanewayError):
     code, status, title = "conflict", 409, "The present state does not allow this"
 
@@ -136,12 +189,24 @@ class UniqueKeyTaken(Conflict):
     code, title = "unique_key_taken", "An active job holds this unique key"
 
 
+class IdempotencyInProgress(Conflict):
+    code, title = "idempotency_in_progress", "A request with this Idempotency-Key is still under way"
+
+
+class PreconditionFailed(LanewayError):
+    code, status, title = "precondition_failed", 412, "It has changed since it was read"
+
+
 class PayloadTooLarge(LanewayError):
     code, status, title = "payload_too_large", 413, "The payload is too large"
 
 
 class Unprocessable(LanewayError):
     code, status, title = "invalid_request", 422, "The request is not valid"
+
+
+class IdempotencyKeyReused(Unprocessable):
+    code, title = "idempotency_key_reused", "The Idempotency-Key was sent with another request before"
 
 
 class InvalidParameters(Unprocessable):
@@ -156,12 +221,28 @@ class UnknownJobType(Unprocessable):
     code, title = "unknown_job_type", "No such job type is registered"
 
 
+class UnknownDependency(Unprocessable):
+    code, title = "unknown_dependency", "There is no such job to wait for"
+
+
 class WebhookUrlRefused(Unprocessable):
     code, title = "webhook_url_refused", "The webhook URL may not be called from here"
 
 
+class CostExceedsQuota(Unprocessable):
+    code, title = "cost_exceeds_quota", "The request costs more than a rate limit ever allows"
+
+
 class RateLimited(LanewayError):
     code, status, title = "rate_limited", 429, "Too many requests"
+
+
+class AbnormalUsage(RateLimited):
+    code, title = "abnormal_usage_detected", "Too many failed logins"
+
+
+class ConcurrentRequests(RateLimited):
+    code, title = "concurrent_requests", "Too many streams and long waits at once"
 
 
 class QuotaQueued(LanewayError):
@@ -179,6 +260,10 @@ class Unavailable(LanewayError):
 
 class StorageUnavailable(Unavailable):
     code, title = "storage_unavailable", "The database cannot be reached; nothing was accepted"
+
+
+class CapacityReduced(Unavailable):
+    code, title = "temporary_reduced_capacity", "A rate limit cannot be checked; nothing was accepted"
 
 
 class Overloaded(Unavailable):

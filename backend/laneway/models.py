@@ -10,7 +10,7 @@ from uuid import UUID
 
 import sqlalchemy as sa
 
-from laneway.db import Id, Json, Moment, utc_now
+from laneway.db import Id, Json, Moment, transaction_number, utc_now
 from laneway.domain.spec import Priority
 from laneway.domain.states import FINAL, JobStatus
 
@@ -70,8 +70,82 @@ api_keys = sa.Table(
     sa.Column("digest", sa.LargeBinary(32), nullable=False),  # SHA-256 of the 256-bit secret
     sa.Column("expires_at", Moment),
     sa.Column("revoked_at", Moment),
+    sa.Column("name", sa.String(100)),  # for people
+    sa.Column("scopes", Json),  # NULL: all that the role has
+    sa.Column("allowed_cidrs", Json),  # NULL: from anywhere
+    sa.Column("replaces", sa.String(12)),  # the key this one was rotated from
+    # Written at most once a minute, and not as a change of the key: `updated_at` stays.
+    sa.Column("last_used_at", Moment),
+    sa.Column("last_used_ip", sa.String(45)),
     sa.CheckConstraint("role IN ('user', 'operator', 'admin')", name="role"),
+    sa.Index("ix_api_keys_tenant_id", "tenant_id"),
+    sa.Index("ix_api_keys_updated_at", "updated_at"),  # every API process asks what changed just now
 )
+
+# Who did what that others should be able to look up (engine/audit.py). The store itself refuses to change it.
+audit_log = sa.Table(
+    "audit_log",
+    metadata,
+    sa.Column("id", Id, primary_key=True),
+    sa.Column("tenant_id", Id, nullable=False),  # whose caller it was
+    sa.Column("created_at", Moment, nullable=False, server_default=utc_now()),
+    sa.Column("actor", sa.String(100), nullable=False),
+    sa.Column("role", sa.String(20), nullable=False),
+    sa.Column("key_id", sa.String(12)),
+    sa.Column("action", sa.String(40), nullable=False),
+    sa.Column("target", sa.String(200), nullable=False),
+    sa.Column("facts", Json, nullable=False),
+    sa.Column("address", sa.String(45)),
+    sa.Column("request_id", sa.String(64)),
+    sa.Index("ix_audit_log_tenant_id_id", "tenant_id", "id"),
+)
+
+AUDIT_LOG_STAYS = {
+    "sqlite": [
+        f"CREATE TRIGGER audit_log_no_{what} BEFORE {what} ON audit_log "
+        "BEGIN SELECT RAISE(ABORT, 'the audit log is only added to'); END"
+        for what in ("update", "delete")
+    ],
+    "postgresql": [
+        "CREATE OR REPLACE FUNCTION audit_log_stays() RETURNS trigger LANGUAGE plpgsql AS "
+        "$$ BEGIN RAISE EXCEPTION 'the audit log is only added to'; END $$",
+        "CREATE TRIGGER audit_log_stays BEFORE UPDATE OR DELETE OR TRUNCATE ON audit_log "
+        "FOR EACH STATEMENT EXECUTE FUNCTION audit_log_stays()",
+    ],
+}
+for _dialect, _statements in AUDIT_LOG_STAYS.items():
+    for _statement in _statements:
+        _ddl = sa.DDL(_statement).execute_if(dialect=_dialect)  # type: ignore[no-untyped-call]
+        sa.event.listen(audit_log, "after_create", _ddl)
+
+# Limits of single tenants and callers, in place of what the setting `rate_limits` says.
+rate_limit_overrides = sa.Table(
+    "rate_limit_overrides",
+    metadata,
+    *_owned(),
+    sa.Column("policy", sa.String(20), nullable=False),
+    sa.Column("subject", sa.String(100), nullable=False),  # '' is the whole tenant
+    sa.Column("quota", sa.Integer),  # NULL: unlimited
+    sa.Column("window_seconds", sa.Integer),
+    sa.Column("mode", sa.String(10), nullable=False),
+    sa.Column("reason", sa.String(500), nullable=False),
+    sa.Column("expires_at", Moment),
+    sa.Column("updated_by", sa.String(100), nullable=False),
+    sa.PrimaryKeyConstraint("tenant_id", "policy", "subject"),
+    sa.CheckConstraint("mode IN ('enforce', 'shadow')", name="mode"),
+    sa.CheckConstraint("(quota IS NULL) = (window_seconds IS NULL)", name="quota_has_window"),
+    sa.CheckConstraint("quota >= 0", name="quota"),
+)
+
+# One row a table that processes keep in memory, counted up in the transaction of each change.
+change_counters = sa.Table(
+    "change_counters",
+    metadata,
+    sa.Column("name", sa.String(50), primary_key=True),
+    sa.Column("value", sa.Integer, nullable=False),
+)
+
+_UNFOLLOWED = "linked AND finished_at IS NOT NULL AND followed_seq < event_seq"
 
 jobs = sa.Table(
     "jobs",
@@ -126,6 +200,18 @@ jobs = sa.Table(
     sa.Column("progress_details", Json),
     sa.Column("webhook_delivered", sa.Boolean, nullable=False, server_default=sa.false()),
     sa.Column("webhook_attempts", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("scheduled_job_id", Id),  # the schedule that it is a run of
+    # What it belongs to and waits for. Every end of a `linked` job is followed (engine/flow.py); it has been
+    # once `followed_seq` is the `event_seq` of that end.
+    sa.Column("batch_id", Id),
+    sa.Column("chain_id", Id),
+    sa.Column("chain_run_id", Id),
+    sa.Column("chain_step", sa.Integer),
+    sa.Column("depends_on", Json),
+    sa.Column("on_dependency_failure", sa.String(6), nullable=False, server_default="cancel"),
+    sa.Column("dependencies_left", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("linked", sa.Boolean, nullable=False, server_default=sa.false()),
+    sa.Column("followed_seq", sa.Integer, nullable=False, server_default="0"),
     sa.CheckConstraint(_one_of("status", JobStatus), name="status"),
     sa.CheckConstraint(_one_of("priority", Priority), name="priority"),
     sa.CheckConstraint("(status = 'running') = (lease_token IS NOT NULL)", name="running_has_lease"),
@@ -195,6 +281,39 @@ jobs = sa.Table(
         sqlite_where=sa.text("finished_at IS NOT NULL"),
     ),
     sa.Index(
+        "ix_jobs_scheduled_job",
+        "scheduled_job_id",
+        "id",
+        postgresql_where=sa.text("scheduled_job_id IS NOT NULL"),
+        sqlite_where=sa.text("scheduled_job_id IS NOT NULL"),
+    ),
+    sa.Index(
+        "ix_jobs_scheduled_job_active",
+        "scheduled_job_id",
+        postgresql_where=sa.text("scheduled_job_id IS NOT NULL AND finished_at IS NULL"),
+        sqlite_where=sa.text("scheduled_job_id IS NOT NULL AND finished_at IS NULL"),
+    ),
+    sa.Index(
+        "ix_jobs_batch",
+        "batch_id",
+        "status",
+        postgresql_where=sa.text("batch_id IS NOT NULL"),
+        sqlite_where=sa.text("batch_id IS NOT NULL"),
+    ),
+    sa.Index(
+        "ix_jobs_chain",
+        "chain_id",
+        "chain_run_id",
+        postgresql_where=sa.text("chain_id IS NOT NULL"),
+        sqlite_where=sa.text("chain_id IS NOT NULL"),
+    ),
+    sa.Index(
+        "ix_jobs_unfollowed",
+        "id",
+        postgresql_where=sa.text(_UNFOLLOWED),
+        sqlite_where=sa.text(_UNFOLLOWED),
+    ),
+    sa.Index(
         "uq_jobs_unique_key_active",
         "tenant_id",
         "unique_key",
@@ -203,6 +322,196 @@ jobs = sa.Table(
         sqlite_where=sa.text("unique_key IS NOT NULL AND finished_at IS NULL"),
     ),
     postgresql_with={"fillfactor": 70, "autovacuum_vacuum_scale_factor": 0.02},
+)
+
+# Written out, not bound: only so do both stores see that the partial index serves.
+unfollowed: sa.ColumnElement[bool] = sa.literal_column(
+    "jobs.linked AND jobs.finished_at IS NOT NULL AND jobs.followed_seq < jobs.event_seq"
+)
+"""The condition of an end from which something is still to follow."""
+
+# Who waits for whom, until the parent ends: a row is deleted when it is counted.
+job_dependencies = sa.Table(
+    "job_dependencies",
+    metadata,
+    sa.Column("parent_id", Id, nullable=False),
+    sa.Column("job_id", Id, nullable=False),
+    sa.Column("tenant_id", Id, nullable=False),
+    sa.PrimaryKeyConstraint("parent_id", "job_id"),
+)
+
+batches = sa.Table(
+    "batches",
+    metadata,
+    sa.Column("id", Id, primary_key=True),
+    *_owned(),
+    sa.Column("total", sa.Integer, nullable=False),  # jobs asked for
+    sa.Column("enqueued", sa.Integer, nullable=False),  # of them accepted
+    sa.Column("callbacks", Json, nullable=False),  # {"on_complete": a job to be made, …} (engine/plans.py)
+    sa.Column("ends", sa.Integer, nullable=False, server_default="0"),  # how often all jobs had ended
+    sa.Column("counts", Json),  # of its jobs by status, as they were at its end; NULL while one is active
+    sa.Column("finished_at", Moment),
+    sa.CheckConstraint("(counts IS NULL) = (finished_at IS NULL)", name="ended_has_counts"),
+    sa.Index("ix_batches_tenant_id_id", "tenant_id", "id"),
+)
+
+chains = sa.Table(
+    "chains",
+    metadata,
+    sa.Column("id", Id, primary_key=True),
+    *_owned(),
+    sa.Column("name", sa.String(200), nullable=False),
+    sa.Column("execution_mode", sa.String(10), nullable=False),
+    sa.Column("chain_definition", Json, nullable=False),  # as its caller wrote it
+    sa.Column("plan", Json, nullable=False),  # what a run is made of (engine/plans.py)
+    sa.Column("stop_on_failure", sa.Boolean, nullable=False),
+    sa.Column("timeout_seconds", sa.Integer),
+    sa.CheckConstraint("execution_mode IN ('sequential', 'parallel')", name="execution_mode"),
+    sa.Index("ix_chains_tenant_id_id", "tenant_id", "id"),
+)
+
+# One way through a chain. Its steps are jobs, made when they fall due.
+chain_runs = sa.Table(
+    "chain_runs",
+    metadata,
+    sa.Column("id", Id, primary_key=True),
+    *_owned(),
+    sa.Column("chain_id", Id, nullable=False),
+    sa.Column("name", sa.String(200), nullable=False),
+    sa.Column("plan", Json, nullable=False),  # the chain's, as it was when the run began
+    sa.Column("stop_on_failure", sa.Boolean, nullable=False),
+    sa.Column("status", sa.String(10), nullable=False),
+    sa.Column("stopping", sa.String(10)),  # the status it shall end with, once somebody wants it stopped
+    sa.Column("stop_reason", sa.String(200)),
+    sa.Column("stopped_by", sa.String(100)),
+    sa.Column("step_errors", Json, nullable=False),  # {"2": why it could not be made a job}
+    sa.Column("error_message", sa.String(1000)),
+    sa.Column("deadline_at", Moment),
+    sa.Column("finished_at", Moment),
+    sa.CheckConstraint("status IN ('running', 'completed', 'failed', 'timeout', 'cancelled')", name="status"),
+    sa.CheckConstraint("stopping IN ('timeout', 'cancelled')", name="stopping"),
+    sa.CheckConstraint("(status = 'running') = (finished_at IS NULL)", name="ended_has_time"),
+    sa.Index("ix_chain_runs_chain_id_id", "chain_id", "id"),
+    sa.Index(
+        "uq_chain_runs_active",
+        "chain_id",
+        unique=True,
+        postgresql_where=sa.text("finished_at IS NULL"),
+        sqlite_where=sa.text("finished_at IS NULL"),
+    ),
+    sa.Index(
+        "ix_chain_runs_deadline",
+        "deadline_at",
+        postgresql_where=sa.text("finished_at IS NULL AND deadline_at IS NOT NULL"),
+        sqlite_where=sa.text("finished_at IS NULL AND deadline_at IS NOT NULL"),
+    ),
+    sa.Index(
+        "ix_chain_runs_stopping",
+        "id",
+        postgresql_where=sa.text("finished_at IS NULL AND stopping IS NOT NULL"),
+        sqlite_where=sa.text("finished_at IS NULL AND stopping IS NOT NULL"),
+    ),
+)
+
+# What runs again and again. Whoever locks a schedule locks no job after it.
+schedules = sa.Table(
+    "schedules",
+    metadata,
+    sa.Column("id", Id, primary_key=True),
+    *_owned(),
+    sa.Column("name", sa.String(100)),
+    sa.Column("description", sa.String(500)),
+    # The jobs that its runs are
+    sa.Column("job_type", sa.String(100), nullable=False),
+    sa.Column("parameters", Json, nullable=False),
+    sa.Column("queue", sa.String(50), nullable=False),
+    sa.Column("priority", sa.String(10), nullable=False),
+    sa.Column("timeout_seconds", sa.Integer, nullable=False),
+    sa.Column("max_retries", sa.Integer, nullable=False),
+    sa.Column("retry_delay_seconds", sa.Float, nullable=False),
+    sa.Column("retry_backoff", sa.Float, nullable=False),
+    sa.Column("retry_max_delay_seconds", sa.Float, nullable=False),
+    sa.Column("retry_jitter", sa.Boolean, nullable=False),
+    # When
+    sa.Column("cron_expression", sa.String(200)),
+    sa.Column("interval_seconds", sa.Integer),
+    sa.Column("timezone", sa.String(64), nullable=False),
+    sa.Column("starts_at", Moment),
+    sa.Column("ends_at", Moment),
+    sa.Column("jitter_seconds", sa.Integer, nullable=False),
+    sa.Column("max_concurrent_runs", sa.Integer, nullable=False),
+    sa.Column("overlap", sa.String(14), nullable=False),
+    sa.Column("misfire", sa.String(9), nullable=False),
+    sa.Column("is_active", sa.Boolean, nullable=False),
+    # Where it is: every slot up to `last_slot` has been decided, `next_slot` is decided from `due_at` on.
+    sa.Column("anchor_at", Moment, nullable=False),  # an interval's slots are counted from here
+    sa.Column("last_slot", Moment),
+    sa.Column("next_slot", Moment),
+    sa.Column("due_at", Moment),
+    # What became of it; ends that are not counted yet are in `schedule_ends`
+    sa.Column("last_run_at", Moment),
+    sa.Column("total_runs", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("successful_runs", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("failed_runs", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("skipped_runs", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("consecutive_failures", sa.Integer, nullable=False, server_default="0"),
+    sa.CheckConstraint("(cron_expression IS NULL) <> (interval_seconds IS NULL)", name="cron_or_interval"),
+    sa.CheckConstraint("interval_seconds >= 1", name="interval"),
+    sa.CheckConstraint("(next_slot IS NULL) = (due_at IS NULL)", name="slot_has_time"),
+    sa.CheckConstraint("is_active OR due_at IS NULL", name="only_active_is_due"),
+    sa.CheckConstraint("overlap IN ('skip', 'queue_one', 'cancel_running', 'allow')", name="overlap"),
+    sa.CheckConstraint("misfire IN ('skip', 'fire_once', 'fire_all')", name="misfire"),
+    sa.CheckConstraint("max_concurrent_runs >= 1", name="max_concurrent_runs"),
+    sa.UniqueConstraint("tenant_id", "name"),
+    sa.Index("ix_schedules_tenant_id_id", "tenant_id", "id"),
+    sa.Index(
+        "ix_schedules_due",
+        "due_at",
+        postgresql_where=sa.text("due_at IS NOT NULL"),
+        sqlite_where=sa.text("due_at IS NOT NULL"),
+    ),
+    postgresql_with={"fillfactor": 70},
+)
+
+# Ends of runs that are not yet counted in `schedules`: whoever ends a job waits for no lock on its schedule.
+schedule_ends = sa.Table(
+    "schedule_ends",
+    metadata,
+    sa.Column("id", Id, primary_key=True),
+    sa.Column("tenant_id", Id, nullable=False),
+    sa.Column("schedule_id", Id, nullable=False),
+    sa.Column("job_id", Id, nullable=False),
+    sa.Column("successful", sa.Boolean, nullable=False),
+    sa.Index("ix_schedule_ends_schedule_id_id", "schedule_id", "id"),
+)
+
+# What was decided about a slot, once: a job was made of it, or will be, or the reason why not.
+schedule_runs = sa.Table(
+    "schedule_runs",
+    metadata,
+    sa.Column("id", Id, primary_key=True),
+    *_owned(),
+    sa.Column("schedule_id", Id, nullable=False),
+    sa.Column("slot", Moment, nullable=False),
+    sa.Column("slots", sa.Integer, nullable=False),  # so many from `slot` to `last_slot` share a reason
+    sa.Column("last_slot", Moment, nullable=False),
+    sa.Column("trigger", sa.String(8), nullable=False),
+    sa.Column("status", sa.String(8), nullable=False),
+    sa.Column("reason", sa.String(24)),
+    sa.Column("job_id", Id),
+    sa.UniqueConstraint("schedule_id", "slot"),
+    sa.CheckConstraint("trigger IN ('slot', 'manual')", name="trigger"),
+    sa.CheckConstraint("status IN ('started', 'waiting', 'skipped')", name="status"),
+    sa.CheckConstraint("(status = 'started') = (job_id IS NOT NULL)", name="started_has_job"),
+    sa.CheckConstraint("(status = 'skipped') = (reason IS NOT NULL)", name="skipped_has_reason"),
+    sa.CheckConstraint("slots >= 1 AND (slots = 1 OR status = 'skipped')", name="slots"),
+    sa.Index("ix_schedule_runs_schedule_id_id", "schedule_id", "id"),
+    sa.Index(
+        "ix_schedule_runs_waiting",
+        "schedule_id",
+        postgresql_where=sa.text("status = 'waiting'"),
+        sqlite_where=sa.text("status = 'waiting'"),
+    ),
 )
 
 # One row per transition, in the transition's transaction; never changed, so it needs no version.
@@ -219,7 +528,34 @@ job_events = sa.Table(
     sa.Column("actor", sa.String(100), nullable=False),  # a caller's subject, `worker:<id>`, `scheduler`
     sa.Column("reason", sa.String(200)),
     sa.Column("error", Json),
+    # Which transaction wrote it: streams read on from one (engine/happenings.py). NULL: by an older release.
+    sa.Column("tx", sa.BigInteger, server_default=transaction_number()),
     sa.PrimaryKeyConstraint("job_id", "seq"),
+    sa.Index("ix_job_events_tenant_id_tx", "tenant_id", "tx"),
+)
+
+# One row for each of a job's tags, so that lists can be asked for one; `jobs.tags` is what callers see.
+job_tags = sa.Table(
+    "job_tags",
+    metadata,
+    sa.Column("job_id", Id, nullable=False),
+    sa.Column("tag", sa.String(100), nullable=False),
+    sa.Column("tenant_id", Id, nullable=False),
+    sa.PrimaryKeyConstraint("job_id", "tag"),
+    sa.Index("ix_job_tags_tenant_id_tag_job_id", "tenant_id", "tag", "job_id"),
+)
+
+# What was answered to a request with an Idempotency-Key, written in the transaction that did the work.
+idempotency_keys = sa.Table(
+    "idempotency_keys",
+    metadata,
+    sa.Column("id", Id, primary_key=True),  # of tenant, subject, operation and key: engine/idempotency.py
+    sa.Column("tenant_id", Id, nullable=False),
+    sa.Column("created_by", sa.String(100), nullable=False),
+    sa.Column("request", Id, nullable=False),  # a digest of what was asked for
+    sa.Column("answer", Json),  # NULL only inside the transaction that works it out
+    sa.Column("created_at", Moment, nullable=False),
+    sa.Index("ix_idempotency_keys_created_at", "created_at"),
 )
 
 workers = sa.Table(
@@ -240,6 +576,16 @@ workers = sa.Table(
     sa.Column("started_at", Moment, nullable=False, server_default=utc_now()),
     sa.CheckConstraint("state IN ('active', 'draining', 'gone', 'dead')", name="state"),
     postgresql_with={"fillfactor": 50},  # beats touch no indexed column: HOT updates
+)
+
+# Queues whose jobs wait until they are resumed. Like workers, queues are everybody's: no tenant.
+paused_queues = sa.Table(
+    "paused_queues",
+    metadata,
+    sa.Column("queue", sa.String(50), primary_key=True),
+    sa.Column("reason", sa.String(200)),
+    sa.Column("created_by", sa.String(100), nullable=False),
+    sa.Column("created_at", Moment, nullable=False, server_default=utc_now()),
 )
 
 # What receivers registered, beside the `webhook_url` of single jobs.

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
-from ipaddress import IPv4Network, IPv6Network, ip_network
+from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -47,6 +48,11 @@ class Settings(BaseSettings):
     tasks: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="Modules with job types, separated by commas. The types that ship are always there."
     )
+    backend: Literal["rq", "memory", "http"] = Field(
+        "rq",
+        description="Where the Python API puts jobs: `rq` into the database and Redis, `memory` into this "
+        "process, which runs them itself, `http` into the server at LANEWAY_URL, with LANEWAY_API_KEY.",
+    )
 
     # The API
     host: str = Field("127.0.0.1", description="Address the API listens on.")
@@ -60,13 +66,47 @@ class Settings(BaseSettings):
     public_url: str = Field(
         "", description="How clients reach the API; used in links. Empty: relative links."
     )
+    allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Names (`Host`, `Origin`) the API answers to, separated by commas: names, addresses, "
+        "networks; besides the one of `public_url`. Empty: when it listens on loopback those of this "
+        "machine, else all.",
+    )
+    trusted_proxies: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Networks of proxies whose `X-Forwarded-For` is believed, separated by commas. "
+        "`*`, all, lets every client name its own address.",
+    )
     rate_limits: str = Field(
         "queue=10/60@user,batch=5/60@user,default=100/60@user",
-        description="Rules `class=quota/seconds@user`, separated by commas; `off` switches the limiter off.",
+        description="Rules `policy=quota/seconds@user`, separated by commas "
+        "(docs/how-to/set_rate_limits.md); `off` switches the limiter off.",
+    )
+    ratelimit_redis_url: str = Field(
+        "", description="Redis of the limiter: `redis://`, `rediss://`, `unix://`. Empty: the lanes' Redis."
+    )
+    ratelimit_replicas: int = Field(
+        1,
+        ge=1,
+        description="API processes that share a quota while Redis is away: each then allows its part of it.",
     )
     max_body_bytes: int = Field(1024 * 1024, ge=1024, description="Larger request bodies are answered 413.")
+    max_batch_body_bytes: int = Field(
+        16 * 1024 * 1024, ge=1024, description="Likewise, for the body of `POST /api/v1/batches`."
+    )
     streams_per_caller: int = Field(
         10, ge=1, description="Event streams and long waits one caller may hold open."
+    )
+    metrics_networks: Annotated[tuple[str, ...], NoDecode] = Field(
+        ("127.0.0.0/8", "::1/128"),
+        description="Networks that may read `/metrics`, separated by commas. A proxy in one of them must be "
+        "in `LANEWAY_TRUSTED_PROXIES`, or it lets everybody in.",
+    )
+    max_connections: int = Field(
+        900,
+        ge=1,
+        description="Connections one API process holds open; more are answered 503. The default leaves room "
+        "below the usual 1,024 open files.",
     )
 
     # Jobs
@@ -81,7 +121,7 @@ class Settings(BaseSettings):
     waiting_per_tenant: int = Field(
         100_000,
         ge=1,
-        description="Jobs of one tenant that may wait (queued, scheduled, retrying); "
+        description="Jobs of one tenant that may wait (queued, blocked, scheduled, retrying); "
         "more are answered 429 `quota_queued`.",
     )
     waiting_total: int = Field(
@@ -175,11 +215,34 @@ class Settings(BaseSettings):
         description="The key the command line calls with. Empty: the one in `<data dir>/admin.key`.",
     )
 
+    # Who may call
+    environment: Literal["development", "production"] = Field(
+        "development",
+        description="`production` refuses to start with what only a developer's machine may do "
+        "(docs/how-to/production_checklist.md).",
+    )
+    jwt_issuers: SecretStr = Field(
+        SecretStr(""),
+        description="Whose JWTs are accepted: a JSON list, or the path of a TOML file "
+        "(docs/how-to/accept_jwts.md). Empty: nobody's.",
+    )
+
+    row_security: bool = Field(
+        False,
+        description="PostgreSQL itself keeps each request to its tenant's rows, as a second wall behind the "
+        "queries; `laneway db upgrade` prepares it (docs/how-to/separate_tenants.md).",
+    )
+
     # Secrets
     encryption_keys: SecretStr = Field(
         SecretStr(""),
         description="`id:base64` of 32 bytes each, separated by commas; the first encrypts, all decrypt. "
         "Empty: made once in `<data dir>/encryption.key`.",
+    )
+    accept_key_file: bool = Field(
+        False,
+        description="In production: encrypt with the key file in the data folder, which every machine shares "
+        "and you back up.",
     )
 
     # Logs
@@ -191,7 +254,14 @@ class Settings(BaseSettings):
     )
 
     @field_validator(
-        "tasks", "webhook_allowed_cidrs", "webhook_allowed_hosts", "webhook_allowed_ports", mode="before"
+        "tasks",
+        "allowed_hosts",
+        "trusted_proxies",
+        "metrics_networks",
+        "webhook_allowed_cidrs",
+        "webhook_allowed_hosts",
+        "webhook_allowed_ports",
+        mode="before",
     )
     @classmethod
     def _comma_separated(cls, value: object) -> object:
@@ -202,11 +272,27 @@ class Settings(BaseSettings):
     def _empty_is_none(cls, value: object) -> object:
         return None if value == "" else value
 
-    @field_validator("webhook_allowed_cidrs")
+    @field_validator("webhook_allowed_cidrs", "metrics_networks")
     @classmethod
     def _networks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for cidr in value:
             ip_network(cidr)
+        return value
+
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _hosts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for host in value:
+            if not re.fullmatch(r"[A-Za-z0-9._-]+", host):  # no name: then an address or a network
+                ip_network(host.strip("[]"))
+        return value
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _proxies(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for cidr in value:
+            if cidr != "*":
+                ip_network(cidr)
         return value
 
     @model_validator(mode="after")
@@ -221,6 +307,12 @@ class Settings(BaseSettings):
                 f"tick_seconds ({self.tick_seconds:g}) may be at most a sixth of lease_seconds "
                 f"({self.lease_seconds:g}): a scheduler that looks less often calls nobody dead"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _row_security_is_postgresql_s(self) -> Self:
+        if self.row_security and self.database.startswith("sqlite"):
+            raise ValueError("row_security needs PostgreSQL; SQLite has none")
         return self
 
     @property
@@ -247,9 +339,24 @@ class Settings(BaseSettings):
         return tuple(ip_network(cidr) for cidr in self.webhook_allowed_cidrs)
 
     @property
+    def proxy_networks(self) -> tuple[IPv4Network | IPv6Network, ...]:
+        """`trusted_proxies` as networks."""
+        every = ("0.0.0.0/0", "::/0")
+        given = every if "*" in self.trusted_proxies else self.trusted_proxies
+        return tuple(ip_network(cidr) for cidr in given)
+
+    @property
     def children(self) -> int:
         """How many child processes a worker runs."""
         return self.concurrency or os.cpu_count() or 1
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches what listens on `host`."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def unknown_variables(environ: Mapping[str, str]) -> Iterable[tuple[str, str | None]]:

@@ -33,7 +33,7 @@ def request(path: str, number: int, *, key: str = "") -> bytes:
             "max_retries": 3,
         }
     ).encode()
-    lines = [f"POST {path} HTTP/1.1", "Host: bench", "Content-Type: application/json"]
+    lines = [f"POST {path} HTTP/1.1", "Host: localhost", "Content-Type: application/json"]
     if key:
         lines.append(f"Authorization: Bearer {key}")
     return "\r\n".join([*lines, f"Content-Length: {len(body)}", "", ""]).encode() + body

@@ -179,16 +179,16 @@ class LanewayGround:
                 database.dispose()
 
     @cached_property
-    def _tenant_id(self) -> str:
+    def tenant_id(self) -> str:
         return ensure_tenant(self.database, SecretBox.from_settings(self.settings), "bench")
 
     def key(self) -> str:
         """A new API key."""
-        return create_key(self.database, tenant_id=self._tenant_id, role=Role.USER)
+        return create_key(self.database, tenant_id=self.tenant_id, role=Role.USER)
 
     def enqueue(self, count: int, *, job_type: str = "bench.record") -> None:
         """Jobs numbered from 0, in batches, through the service that the API calls."""
-        caller = Caller(self._tenant_id, "bench", Role.USER)
+        caller = Caller(self.tenant_id, "bench", Role.USER)
         for start in range(0, count, ENQUEUE_BATCH):
             specs = [
                 JobSpec(job_type=job_type, parameters={"number": number})

@@ -6,7 +6,7 @@ import threading
 
 from bench.records import record
 from laneway.engine.context import JobContext
-from laneway.engine.registry import background_job
+from laneway.sdk.decorators import background_job
 
 
 @background_job("bench.record")

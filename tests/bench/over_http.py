@@ -22,7 +22,7 @@ PAUSE_SECONDS = 0.02
 
 def laneway_throughput(stores: Stores, store: str, *, seconds: float) -> dict[str, float]:
     """`rate`, `p50_ms`, `p99_ms` of jobs that are checked, authorised, counted, committed and pushed."""
-    with LanewayGround.on(stores, store) as site, _listening() as listener:
+    with LanewayGround.on(stores, store) as site, listening() as listener:
         key = site.key()
         with site.ground.program("laneway-api", str(listener.fileno()), pass_fds=[listener.fileno()]) as api:
             seen, accepted = _load(api, listener, "/api/v1/jobs", seconds=seconds, key=key)
@@ -34,7 +34,7 @@ def laneway_throughput(stores: Stores, store: str, *, seconds: float) -> dict[st
 
 def bare_throughput(stores: Stores, *, seconds: float) -> dict[str, float]:
     """The same of an endpoint that only calls `Queue.enqueue`."""
-    with RqGround.on(stores) as site, _listening() as listener:
+    with RqGround.on(stores) as site, listening() as listener:
         role = ("bare-api", str(listener.fileno()), site.url)
         with site.ground.program(*role, pass_fds=[listener.fileno()]) as api:
             seen, accepted = _load(api, listener, "/jobs", seconds=seconds)
@@ -44,7 +44,7 @@ def bare_throughput(stores: Stores, *, seconds: float) -> dict[str, float]:
 
 def laneway_latency(stores: Stores, store: str, *, count: int) -> dict[str, float]:
     """`p50_ms` and `p99_ms` from the first byte sent to the handler's first line, with an idle worker."""
-    with LanewayGround.on(stores, store) as site, _listening() as listener:
+    with LanewayGround.on(stores, store) as site, listening() as listener:
         key = site.key()
         api = site.ground.program("laneway-api", str(listener.fileno()), pass_fds=[listener.fileno()])
         with api, site.ground.program("laneway-worker") as worker:
@@ -53,7 +53,7 @@ def laneway_latency(stores: Stores, store: str, *, count: int) -> dict[str, floa
 
 def bare_latency(stores: Stores, *, count: int) -> dict[str, float]:
     """The same of the bare endpoint and RQ's forking worker."""
-    with RqGround.on(stores) as site, _listening() as listener:
+    with RqGround.on(stores) as site, listening() as listener:
         role = ("bare-api", str(listener.fileno()), site.url)
         api = site.ground.program(*role, pass_fds=[listener.fileno()])
         with api, site.ground.program("rq-worker", "Worker", site.url) as worker:
@@ -61,7 +61,7 @@ def bare_latency(stores: Stores, *, count: int) -> dict[str, float]:
 
 
 @contextmanager
-def _listening() -> Iterator[socket.socket]:
+def listening() -> Iterator[socket.socket]:
     """A listening socket to hand to a server: connections wait in its backlog until the server is up."""
     with socket.create_server(("127.0.0.1", 0), backlog=2048) as listener:
         yield listener
@@ -74,7 +74,7 @@ def _load(
     port = listener.getsockname()[1]
     message = request(path, 0, key=key)
     with closing(Connection(port)) as first:
-        _need_accepted(api, first.exchange(message))  # waits for the server's start
+        need_accepted(api, first.exchange(message))  # waits for the server's start
     plan = {
         "port": port,
         "message": message.decode(),
@@ -107,7 +107,7 @@ def _latency(
     sent: list[int] = []
     with closing(Connection(listener.getsockname()[1])) as connection:
         for number in range(count + 1):
-            _need_accepted(worker, connection.exchange(request(path, number, key=key)))
+            need_accepted(worker, connection.exchange(request(path, number, key=key)))
             sent.append(connection.sent_ns)
             ground.wait_for_records(number + 1, worker)
             threading.Event().wait(PAUSE_SECONDS)
@@ -117,5 +117,5 @@ def _latency(
     return {"p50_ms": percentile(waits, 0.5) / 1e6, "p99_ms": percentile(waits, 0.99) / 1e6}
 
 
-def _need_accepted(program: Program, status: int) -> None:
+def need_accepted(program: Program, status: int) -> None:
     assert status == 202, f"status {status}\n{program.words()}"

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
-from bench import drain, over_http, recovery
+from bench import batches, drain, limiter, over_http, recovery
 from bench.figures import Metric
 from bench.ground import STORES, Stores
 
@@ -98,4 +98,51 @@ def benches(stores: Stores, *, rounds: int, scale: float) -> list[Bench]:
             },
             rounds=min(rounds, RECOVERY_ROUNDS),
         ),
+        Bench(
+            "batches",
+            "Accepting 10,000 jobs: one batch against single posts (1 API process; more is better)",
+            (Metric("rate", "committed when answered", "jobs/s"),),
+            {
+                f"{case}, a batch": partial(batches.accepted, stores, s, jobs=min(10_000, scaled(10_000)))
+                for case, s in on.items()
+            }
+            | {
+                f"{case}, posts": partial(batches.posted, stores, s, seconds=seconds)
+                for case, s in on.items()
+            },
+            tuple(f"{case}, posts" for case in on),
+            rounds,
+        ),
+        Bench(
+            "batch-drain",
+            "Drain of one batch against loose jobs (2 children; more is better)",
+            (Metric("rate", "worker", "jobs/s"),),
+            {
+                f"{case}, {'a batch' if together else 'loose'}": partial(
+                    batches.drained, stores, s, jobs=min(10_000, scaled(10_000)), together=together
+                )
+                for case, s in on.items()
+                for together in (True, False)
+            },
+            tuple(f"{case}, loose" for case in on),
+            rounds,
+        ),
+        *[_limiter(stores, rules, rounds=rounds, count=scaled(20_000)) for rules in limiter.QUOTAS],
     ]
+
+
+def _limiter(stores: Stores, rules: int, *, rounds: int, count: int) -> Bench:
+    first, *others = limiter.CONTENDERS
+    return Bench(
+        f"limiter-{rules}",
+        f"A decision of the rate limiter, {'1 rule' if rules == 1 else f'{rules} rules'} (less is better)",
+        (
+            Metric("admit_us", "Redis' time, admitted", "us"),
+            Metric("refuse_us", "Redis' time, refused", "us"),
+            Metric("idle_bytes", "keys of a caller after one request", "bytes"),
+            Metric("full_bytes", "keys of a caller at its limit", "bytes"),
+        ),
+        {name: partial(limiter.cost, stores, name, rules=rules, count=count) for name in (first, *others)},
+        tuple(others),
+        rounds,
+    )

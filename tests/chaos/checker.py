@@ -490,8 +490,13 @@ def bounded(seen: _Indexed) -> Iterator[Finding]:
         if series.most is not None and highest > series.most:
             yield None, f"{series.name} reached {highest:.0f}; {series.most:.0f} are allowed"
         growth, allowed = growth_percent_per_hour(series), series.growth_percent_per_hour
-        if allowed is not None and growth > allowed:
+        if allowed is not None and growth > allowed and _rise(series, growth) > series.slack:
             yield None, f"{series.name} grew by {growth:.1f} % an hour; {allowed} are allowed"
+
+
+def _rise(series: Series, percent_per_hour: float) -> float:
+    hours = (series.points[-1][0] - series.points[0][0]) / 3600
+    return fmean(y for _, y in series.points) * percent_per_hour / 100 * hours
 
 
 def growth_percent_per_hour(series: Series) -> float:

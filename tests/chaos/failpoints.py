@@ -103,7 +103,7 @@ IN_MAIN = (
 IN_CHILDREN = (
     # Not killed here: the job would rightly be blamed, and the ledger would not know that it had begun.
     Place("child.before_run", "laneway.worker.child:Child._run", strikes=(Strike.STOP, Strike.PAUSE)),
-    Place("child.after_run", "laneway.worker.running:Runner.run", after=True),
+    Place("child.after_run", "laneway.engine.running:Runner.run", after=True),
     Place("child.after_report", "laneway.worker.child:Child._run", after=True),
 )
 PLACES = {place.name: place for place in (*IN_MAIN, *IN_CHILDREN)}

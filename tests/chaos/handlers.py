@@ -20,8 +20,8 @@ from pydantic import Field
 from chaos import failpoints
 from chaos.history import execution
 from laneway.engine.context import JobContext
-from laneway.engine.registry import background_job
 from laneway.errors import PermanentError, TransientError
+from laneway.sdk.decorators import background_job
 
 Seconds = Annotated[float, Field(ge=0, le=60)]
 _never = threading.Event()

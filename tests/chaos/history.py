@@ -206,13 +206,15 @@ class Series:
     """Something measured again and again: `points` are (seconds of any clock, value), oldest first.
 
     `most` is the bound on each value. `growth_percent_per_hour` bounds the slope of the straight line fitted
-    to the points, as a share of their mean; None where the run was too short to say.
+    to the points, as a share of their mean; None where the run was too short to say. A line that rises by no
+    more than `slack` from its first point to its last is flat: pools open connections when they need them.
     """
 
     name: str  # "api-1 rss bytes", "redis used_memory bytes", "worker-2 fds", "database connections"
     points: Sequence[tuple[float, float]]
     most: float | None = None
     growth_percent_per_hour: float | None = None
+    slack: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

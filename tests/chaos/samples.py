@@ -20,6 +20,7 @@ WARM_UP_SECONDS = 60.0
 MOST_BYTES = 600 << 20  # of one member with all that it started
 MOST_DESCRIPTORS = 600
 MOST_REDIS_BYTES = 64 << 20
+SLACK = 8.0  # descriptors or connections, of ten minutes; one lost for each job would be thousands
 MOST_CONNECTIONS = 2 * POOL_SIZE + 3 * WORKERS + 2 * 2 + 2 * POOL_SIZE + 10
 
 
@@ -54,7 +55,8 @@ class Sampler:
                 found.append(Series(name, points, most))
             else:
                 warm = [(at, value) for at, value in points if at >= WARM_UP_SECONDS]
-                found.append(Series(name, warm, most, grown_percent_per_hour))
+                slack = 0.0 if name.endswith("bytes") else SLACK
+                found.append(Series(name, warm, most, grown_percent_per_hour, slack))
         return found
 
     def _run(self) -> None:

@@ -243,7 +243,10 @@ def right() -> World:
             NORTH: {"completed": 4, "failed": 1, "cancelled": 2, "queued": 0},
             SOUTH: {"failed": 1},
         },
-        series=[Series("api rss bytes", steady, most=1001.0, growth_percent_per_hour=5.0)],
+        series=[
+            Series("api rss bytes", steady, most=1001.0, growth_percent_per_hour=5.0),
+            Series("api fds", [(0, 20.0), (60, 28.0)], growth_percent_per_hour=5.0, slack=8.0),
+        ],
     )
     return world
 
@@ -561,6 +564,12 @@ def _(world: World) -> None:
 def _(world: World) -> None:
     series = world.facts.series[0]
     world.facts = replace(world.facts, series=[replace(series, most=1000.9)])
+
+
+@mutant(I.BOUNDED, "descriptors grow by one more than pools may open")
+def _(world: World) -> None:
+    grown = Series("api fds", [(0, 20.0), (60, 29.0)], growth_percent_per_hour=5.0, slack=8.0)
+    world.facts = replace(world.facts, series=[grown])
 
 
 @mutant(I.BOUNDED, "memory grows")

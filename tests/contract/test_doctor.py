@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from factories import NOW, TENANT, add_endpoint, add_job, add_worker, change
+from factories import NOW, TENANT, add_endpoint, add_job, add_schedule, add_worker, change
 from laneway import models
 from laneway.clock import SystemClock, new_id
 from laneway.db import Database
@@ -134,6 +134,13 @@ def silent(database: Database) -> str:
 @defect("late_schedules")
 def late_schedule(database: Database) -> str:
     return add_job(database, JobStatus.SCHEDULED, scheduled_for=LATER - timedelta(seconds=61))
+
+
+@defect("late_slots")
+def late_slot(database: Database) -> str:
+    late = LATER - timedelta(seconds=61)
+    add_schedule(database, next_slot=LATER, due_at=LATER - timedelta(seconds=59))
+    return add_schedule(database, next_slot=late, due_at=late)
 
 
 @defect("late_retries")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import fakeredis
 import pytest
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from laneway.limits.decision import Charge, Decision
 from laneway.limits.local import LocalWindows
-from laneway.limits.redis_windows import SCRIPT, RedisWindows, script_arguments
+from laneway.limits.redis_windows import SPEND, Call, RedisWindows, giving_back, spending
 from laneway.limits.rules import Rule
 
 SECOND = 1_000_000
@@ -24,26 +24,43 @@ MINUTE = 60 * SECOND
 
 
 class Windows(Protocol):
-    def hit(self, charges: list[Charge], *, now_us: int) -> list[int]: ...
+    def hit(self, charges: list[Charge], *, now_us: int, spend: bool = True) -> list[int]: ...
+
+    def give_back(self, charge: Charge, *, spent_us: int, now_us: int) -> bool: ...
 
 
-class FakeRedisWindows:
+class Scripted:
+    """The scripts, run by something that stands for Redis."""
+
+    def run(self, call: Call) -> Any:
+        raise NotImplementedError
+
+    def hit(self, charges: list[Charge], *, now_us: int, spend: bool = True) -> list[int]:
+        reply = self.run(spending(charges, now_us=now_us, spend=spend))
+        assert isinstance(reply, list), reply
+        return reply
+
+    def give_back(self, charge: Charge, *, spent_us: int, now_us: int) -> bool:
+        reply = self.run(giving_back(charge, spent_us=spent_us, now_us=now_us))
+        assert reply in (0, 1), reply
+        return bool(reply)
+
+
+class FakeRedisWindows(Scripted):
     def __init__(self) -> None:
         self.client = fakeredis.FakeRedis()
 
-    def hit(self, charges: list[Charge], *, now_us: int) -> list[int]:
-        reply: list[int] = self.client.eval(SCRIPT.decode(), *script_arguments(charges, now_us))
-        return reply
+    def run(self, call: Call) -> Any:
+        return self.client.eval(call.script.source.decode(), *call.arguments)
 
 
-class RealRedisWindows:
+class RealRedisWindows(Scripted):
     def __init__(self, url: str, loop: asyncio.Runner) -> None:
         self._windows = RedisWindows(url)
         self._loop = loop
 
-    def hit(self, charges: list[Charge], *, now_us: int) -> list[int]:
-        (reply,) = self._loop.run(self._windows.hit([charges], now_us=now_us))
-        assert isinstance(reply, list), reply
+    def run(self, call: Call) -> Any:
+        (reply,) = self._loop.run(self._windows.run([call]))
         return reply
 
     def close(self) -> None:
@@ -70,8 +87,8 @@ def windows(request: pytest.FixtureRequest) -> Windows:
             return found
 
 
-def charge(quota: int, *, cost: int = 1, seconds: int = 60, key: str = "a") -> Charge:
-    return Charge(key.encode(), Rule("queue", quota, seconds), cost)
+def charge(quota: int, *, cost: int = 1, seconds: int = 60, key: str = "a", shadow: bool = False) -> Charge:
+    return Charge(key.encode(), Rule("queue", quota, seconds, shadow=shadow), cost)
 
 
 def hit(windows: Windows, *charges: Charge, at: int) -> Decision:
@@ -154,20 +171,80 @@ def test_eight_rules_are_decided_in_one_call(windows: Windows) -> None:
 def test_a_cost_above_the_quota_is_never_admitted_and_never_charged(windows: Windows) -> None:
     assert hit(windows, charge(10, cost=10), at=START).allowed
     never = hit(windows, charge(10, cost=11, key="b"), at=START)
-    assert (never.allowed, never.impossible, never.retry_after_seconds) == (False, True, None)
+    assert (never.allowed, len(never.never), never.retry_after_seconds) == (False, 1, None)
     assert never.rules[0].retry_us == -1
     assert hit(windows, charge(10, cost=10, key="b"), at=START).allowed
 
 
 def test_quota_zero_blocks_for_good(windows: Windows) -> None:
     blocked = hit(windows, charge(0), at=START)
-    assert (blocked.allowed, blocked.impossible) == (False, True)
+    assert (blocked.allowed, len(blocked.never)) == (False, 1)
 
 
 def test_cost_zero_looks_and_charges_nothing(windows: Windows) -> None:
     for _ in range(3):
         assert hit(windows, charge(1, cost=0), at=START).rules[0].used == 0
     assert hit(windows, charge(1), at=START).allowed
+
+
+def test_asking_what_would_be_spends_nothing_and_says_the_truth(windows: Windows) -> None:
+    def ask(cost: int) -> Decision:
+        charges = [charge(3, cost=cost)]
+        return Decision.read(charges, windows.hit(charges, now_us=START + 1, spend=False))
+
+    assert hit(windows, charge(3, cost=2), at=START).allowed
+    for _ in range(3):
+        assert (ask(1).allowed, ask(1).rules[0].used) == (True, 2)
+        assert (ask(2).allowed, ask(2).rules[0].retry_us) == (False, MINUTE - 1)
+    assert hit(windows, charge(3), at=START + 2).allowed
+
+
+def test_a_shadow_rule_refuses_nothing_and_counts_what_it_would_have_let_pass(windows: Windows) -> None:
+    enforced, shadow = charge(5, key="enforced"), charge(2, key="shadow", shadow=True)
+    decisions = [hit(windows, shadow, enforced, at=START + n) for n in range(6)]
+    assert [d.allowed for d in decisions] == [True] * 5 + [False]
+    assert [d.shadows[0].used for d in decisions] == [1, 2, 2, 2, 2, 2]
+    assert [d.shadows[0].retry_us > 0 for d in decisions] == [False, False, True, True, True, True]
+    assert [d.rules[0].used for d in decisions] == [1, 2, 3, 4, 5, 5]
+    never = hit(windows, charge(1, cost=2, key="never", shadow=True), at=START)
+    assert (never.allowed, never.shadows[0].retry_us, never.shadows[0].used) == (True, -1, 0)
+
+
+def test_what_an_enforced_rule_refuses_is_not_charged_to_a_shadow(windows: Windows) -> None:
+    enforced, shadow = charge(1, key="enforced"), charge(9, key="shadow", shadow=True)
+    assert [hit(windows, enforced, shadow, at=START).shadows[0].used for _ in range(3)] == [1, 1, 1]
+
+
+def test_units_given_back_are_free_at_once_and_once(windows: Windows) -> None:
+    assert hit(windows, charge(3, cost=2), at=START).allowed
+    assert hit(windows, charge(3), at=START + 5).allowed
+    assert windows.give_back(charge(3, cost=2), spent_us=START, now_us=START + 9)
+    assert not windows.give_back(charge(3, cost=2), spent_us=START, now_us=START + 9)
+    left = hit(windows, charge(3, cost=0), at=START + 10)
+    assert (left.rules[0].used, left.rules[0].reset_us) == (1, MINUTE - 5)
+    assert hit(windows, charge(3, cost=2), at=START + 11).allowed
+    assert not hit(windows, charge(3), at=START + 12).allowed
+
+
+def test_giving_back_the_only_unit_leaves_nothing(windows: Windows) -> None:
+    assert hit(windows, charge(1), at=START).allowed
+    assert windows.give_back(charge(1), spent_us=START, now_us=START)
+    assert hit(windows, charge(1, cost=0), at=START).rules[0].used == 0
+    assert not windows.give_back(charge(1, key="never seen"), spent_us=START, now_us=START)
+
+
+def test_a_unit_that_has_left_the_window_is_not_given_back_from_anothers(windows: Windows) -> None:
+    assert hit(windows, charge(1), at=START).allowed
+    assert hit(windows, charge(1), at=START + MINUTE).allowed
+    assert not windows.give_back(charge(1), spent_us=START, now_us=START + MINUTE)
+    assert not hit(windows, charge(1), at=START + MINUTE + 1).allowed
+
+
+def test_a_record_that_several_calls_share_loses_only_what_is_given_back(windows: Windows) -> None:
+    for n in range(3):
+        assert hit(windows, charge(100, cost=10), at=START + n).allowed
+    assert windows.give_back(charge(100, cost=10), spent_us=START + 1, now_us=START + 3)
+    assert hit(windows, charge(100, cost=0), at=START + 4).rules[0].used == 20
 
 
 def test_another_quota_or_window_holds_from_the_next_call(windows: Windows) -> None:
@@ -241,7 +318,12 @@ def test_no_window_ever_holds_more_than_the_quota(
     now, admitted = START, list[tuple[int, int]]()
     for pause, cost in arrivals:
         now += pause
-        if hit(windows, charge(quota, cost=cost, key=str(name)), at=now).allowed:
+        asked = charge(quota, cost=cost, key=str(name))
+        if cost % 7 == 0 and admitted:  # now and then one is given back
+            at, units = admitted[cost % len(admitted)]
+            if windows.give_back(charge(quota, cost=units, key=str(name)), spent_us=at, now_us=now):
+                admitted.remove((at, units))
+        if hit(windows, asked, at=now).allowed:
             admitted.append((now, cost))
             held = sum(units for at, units in admitted if at > now - MINUTE)
             assert held <= quota, (held, quota, admitted)
@@ -270,14 +352,22 @@ def test_the_script_and_its_twin_agree_on_random_calls(real: RealRedisWindows) -
                 cost=rng.choice([0, 1, 1, 1, 3, quota // 3, quota + 1 if n % 97 == 0 else 1]),
                 seconds=seconds,
                 key=f"{name}:{n // 1500}",
+                shadow=name in "be" and n % 3 == 0,
             )
             for name, quota, seconds in picked
         ]
-        reply = real.hit(charges, now_us=now)
-        assert twin.hit(charges, now_us=now) == reply, (n, charges)
+        spend = n % 11 > 0
+        reply = real.hit(charges, now_us=now, spend=spend)
+        assert twin.hit(charges, now_us=now, spend=spend) == reply, (n, charges)
         if n < 1500:
-            assert fake.hit(charges, now_us=now) == reply, (n, charges)
+            assert fake.hit(charges, now_us=now, spend=spend) == reply, (n, charges)
         refused += not reply[0]
+        if reply[0] and n % 5 == 0:
+            spent_us = rng.choice([now, now, now - 60 * SECOND])
+            given = [real.give_back(each, spent_us=spent_us, now_us=now) for each in charges]
+            assert [twin.give_back(each, spent_us=spent_us, now_us=now) for each in charges] == given
+            if n < 1500:
+                assert [fake.give_back(each, spent_us=spent_us, now_us=now) for each in charges] == given
     assert 1000 < refused < 5000, refused
 
 
@@ -313,6 +403,6 @@ def test_without_a_moment_given_redis_own_clock_decides(
     real: RealRedisWindows, redis: redis_py.Redis
 ) -> None:
     before = redis.time()
-    reply = redis.eval(SCRIPT.decode(), *script_arguments([charge(10)], None))
+    reply = redis.eval(SPEND.source.decode(), *spending([charge(10)]).arguments)
     after = redis.time()
     assert before[0] * SECOND + before[1] <= reply[1] <= after[0] * SECOND + after[1]

@@ -14,6 +14,7 @@ from factories import (
     NOW,
     WORKER,
     add_job,
+    add_schedule,
     add_worker,
     at_once,
     events_of,
@@ -34,7 +35,7 @@ from laneway.engine.upkeep import RING_GRACE
 from laneway.lanes.backend import LaneBackend
 from laneway.lanes.memory_lanes import MemoryLanes
 from laneway.lanes.rq_lanes import RqLanes
-from laneway.scheduler.ticker import Ticker
+from laneway.scheduler.ticker import BREATH_SECONDS, Ticker
 from laneway.settings import Settings
 from servers import RedisServer
 
@@ -428,46 +429,34 @@ def test_a_tick_without_redis_does_the_rest_and_says_that_it_failed(
     lanes.close()
 
 
-class Counting(threading.Event):
-    """An event that is set once it was waited for `turns` times; remembers how long each wait was to be."""
-
-    def __init__(self, turns: int) -> None:
-        super().__init__()
-        self.turns = turns
-        self.waits: list[float | None] = []
-
-    def wait(self, timeout: float | None = None) -> bool:
-        self.waits.append(timeout)
-        return len(self.waits) > self.turns
-
-
-def test_the_scheduler_wakes_for_the_next_due_job_and_never_sleeps_longer_than_a_tick(
+def test_the_scheduler_sleeps_until_the_next_is_due_and_never_longer_than_a_tick(
     database: Database, clock: FrozenClock
 ) -> None:
     scheduler = ticker(database, MemoryLanes(), clock, tick_seconds=1.0)
-    for due, pause in ((None, 1.0), (5.0, 1.0), (0.25, 0.25)):
-        if due is not None:
-            add_job(database, JobStatus.SCHEDULED, scheduled_for=clock.now() + timedelta(seconds=due))
-        stopping = Counting(turns=1)
-        scheduler.run(stopping)
-        assert stopping.waits == [0.0, pause]
+    assert scheduler.turn() == 1.0
+    add_job(database, JobStatus.SCHEDULED, scheduled_for=NOW + timedelta(seconds=5))
+    assert scheduler.turn() == 1.0
+    slot = NOW + timedelta(seconds=0.5)
+    add_schedule(database, anchor_at=slot, next_slot=slot, due_at=slot)
+    assert scheduler.turn() == 0.5
+    add_job(database, JobStatus.RETRYING, next_retry_at=NOW + timedelta(seconds=0.25))
+    assert scheduler.turn() == 0.25
+    add_job(database, JobStatus.SCHEDULED, scheduled_for=NOW + timedelta(milliseconds=1))
+    assert scheduler.turn() == BREATH_SECONDS
 
 
-def test_between_two_rounds_the_scheduler_only_promotes(database: Database, clock: FrozenClock) -> None:
-    job_id = add_job(database, JobStatus.SCHEDULED, scheduled_for=clock.now() + timedelta(seconds=0.25))
-
-    class Later(Counting):
-        def wait(self, timeout: float | None = None) -> bool:
-            if len(self.waits) == 1:
-                clock.advance(seconds=timeout or 0.0)
-                late.append(add_job(database, expires_at=clock.now()))
-            return super().wait(timeout)
-
-    late: list[str] = []
-    stopping = Later(turns=2)
-    ticker(database, MemoryLanes(), clock, tick_seconds=1.0).run(stopping)
-    assert stopping.waits == [0.0, 0.25, 0.75]
-    assert (status_of(database, job_id), status_of(database, late[0])) == ("queued", "queued")
+def test_between_two_rounds_the_scheduler_does_only_what_has_a_time(
+    database: Database, clock: FrozenClock
+) -> None:
+    lanes = MemoryLanes()
+    scheduler = ticker(database, lanes, clock)
+    job_id = add_job(database, JobStatus.SCHEDULED, scheduled_for=NOW)
+    late = add_job(database, expires_at=NOW)
+    add_schedule(database)
+    scheduler.turn()
+    [run] = [row["id"] for row in rows_of(database, models.jobs) if row["scheduled_job_id"]]
+    assert sorted(lanes.contents("normal")) == sorted([job_id, run])
+    assert status_of(database, late) == "queued"
 
 
 def test_the_scheduler_does_not_spin_while_a_due_job_cannot_be_promoted(
@@ -476,9 +465,23 @@ def test_the_scheduler_does_not_spin_while_a_due_job_cannot_be_promoted(
     add_job(database, JobStatus.SCHEDULED, scheduled_for=NOW)
     with database.write() as connection:  # a migration under way, say
         connection.execute(sa.text("ALTER TABLE job_events RENAME TO job_events_moved"))
-    stopping = Counting(turns=3)
-    ticker(database, MemoryLanes(), clock, tick_seconds=1.0).run(stopping)
-    assert stopping.waits == [0.0, 1.0, 1.0, 1.0]
+    scheduler = ticker(database, MemoryLanes(), clock, tick_seconds=1.0)
+    assert [scheduler.turn() for _ in range(3)] == [1.0] * 3
+
+
+def test_what_nobody_expected_ends_the_scheduler(
+    database: Database, clock: FrozenClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In either of its threads: a process that does half its work would look alive."""
+
+    def broken(_: Ticker) -> bool:
+        raise ZeroDivisionError
+
+    for name in ("tick", "turn"):
+        with monkeypatch.context() as patch:
+            patch.setattr(Ticker, name, broken)
+            with pytest.raises(ZeroDivisionError):
+                ticker(database, MemoryLanes(), clock).run(threading.Event())
 
 
 # What must hold

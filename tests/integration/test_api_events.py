@@ -151,7 +151,7 @@ def test_a_caller_holds_at_most_ten_streams_and_a_closed_one_is_free_again(serve
         with api.stream(path) as tenth:
             assert tenth.status_code == 200
             refused = api.get(path)
-            assert (refused.status_code, refused.json()["code"]) == (429, "rate_limited")
+            assert (refused.status_code, refused.json()["code"]) == (429, "concurrent_requests")
             assert refused.json()["facts"] == {"violated_policies": ["concurrent-streams"]}
             assert all(name in refused.headers for name in RATE_HEADERS)
             assert api.get(path, key=api.key(subject="bob")).status_code == 404

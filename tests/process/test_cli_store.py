@@ -13,7 +13,8 @@ import pytest
 from laneway.cli import migrate
 from laneway.clock import SystemClock
 from laneway.db import Database
-from laneway.engine.callers import Caller, Callers, Role
+from laneway.engine.callers import Caller, Role
+from laneway.engine.credentials import Callers
 from laneway_process import environment, laneway
 from webhook_receiver import Receiver
 

@@ -10,14 +10,24 @@ from fastapi import APIRouter
 from fastapi.routing import APIRoute
 
 from laneway.api import (
+    admin,
+    api_keys,
+    auth_tokens,
+    batches,
     cancels,
+    chains,
+    compat,
     dead_letters,
     deliveries,
     events,
     health,
     job_history,
     jobs,
+    me,
+    metrics,
     queues,
+    rate_limits,
+    scheduled_jobs,
     webhooks,
     workers,
 )
@@ -34,13 +44,22 @@ ROUTES = [
     route
     for module in (
         health,
+        admin,
+        api_keys,
+        auth_tokens,
+        me,
         jobs,
         job_history,
+        batches,
+        chains,
         cancels,
         dead_letters,
         deliveries,
         events,
+        metrics,
         queues,
+        rate_limits,
+        scheduled_jobs,
         webhooks,
         workers,
     )
@@ -50,10 +69,12 @@ ROUTES = [
 CLASSES = {
     "createJob": (RateClass.QUEUE, Role.USER),
     "listJobs": (RateClass.DEFAULT, Role.USER),
-    "getJob": (RateClass.DEFAULT, Role.USER),
-    "getJobStatus": (RateClass.DEFAULT, Role.USER),
+    "getJob": (RateClass.POLL, Role.USER),
+    "getJobStatus": (RateClass.POLL, Role.USER),
     "getJobResult": (RateClass.DEFAULT, Role.USER),
     "streamJobEvents": (RateClass.STREAM, Role.USER),
+    "streamEvents": (RateClass.STREAM, Role.USER),
+    "changeJob": (RateClass.DEFAULT, Role.USER),
     "cancelJob": (RateClass.DEFAULT, Role.USER),
     "retryJob": (RateClass.QUEUE, Role.USER),
     "deleteJob": (RateClass.DEFAULT, Role.OPERATOR),
@@ -72,6 +93,25 @@ CLASSES = {
     "getJobType": (RateClass.DEFAULT, Role.USER),
     "getQueueStats": (RateClass.DEFAULT, Role.USER),
     "getQueueHealth": (RateClass.DEFAULT, Role.USER),
+    "listQueues": (RateClass.DEFAULT, Role.USER),
+    "getQueue": (RateClass.DEFAULT, Role.USER),
+    "pauseQueue": (RateClass.DEFAULT, Role.ADMIN),
+    "resumeQueue": (RateClass.DEFAULT, Role.ADMIN),
+    "purgeQueue": (RateClass.DEFAULT, Role.ADMIN),
+    "listAllJobs": (RateClass.DEFAULT, Role.ADMIN),
+    "getStatistics": (RateClass.DEFAULT, Role.ADMIN),
+    "getQueueStatus": (RateClass.DEFAULT, Role.ADMIN),
+    "forceCompleteJob": (RateClass.DEFAULT, Role.ADMIN),
+    "cleanUpJobs": (RateClass.DEFAULT, Role.ADMIN),
+    "listAuditLog": (RateClass.DEFAULT, Role.ADMIN),
+    "listTenants": (RateClass.DEFAULT, Role.ADMIN),
+    "createTenant": (RateClass.DEFAULT, Role.ADMIN),
+    "getTenant": (RateClass.DEFAULT, Role.ADMIN),
+    "renameTenant": (RateClass.DEFAULT, Role.ADMIN),
+    "listTenantRateLimits": (RateClass.DEFAULT, Role.ADMIN),
+    "getTenantRateLimit": (RateClass.DEFAULT, Role.ADMIN),
+    "setTenantRateLimit": (RateClass.DEFAULT, Role.ADMIN),
+    "deleteTenantRateLimit": (RateClass.DEFAULT, Role.ADMIN),
     "getWebhookSecret": (RateClass.DEFAULT, Role.OPERATOR),
     "rotateWebhookSecret": (RateClass.DEFAULT, Role.OPERATOR),
     "getWebhookPublicKey": (RateClass.DEFAULT, Role.USER),
@@ -89,8 +129,44 @@ CLASSES = {
     "recoverWebhookEndpoint": (RateClass.DEFAULT, Role.OPERATOR),
     "getWebhookRecovery": (RateClass.DEFAULT, Role.OPERATOR),
     "cancelWebhookRecovery": (RateClass.DEFAULT, Role.OPERATOR),
+    "getRateLimits": (RateClass.FREE, Role.USER),
+    "createApiKey": (RateClass.DEFAULT, Role.OPERATOR),
+    "listApiKeys": (RateClass.DEFAULT, Role.OPERATOR),
+    "getApiKey": (RateClass.DEFAULT, Role.OPERATOR),
+    "changeApiKey": (RateClass.DEFAULT, Role.OPERATOR),
+    "rotateApiKey": (RateClass.DEFAULT, Role.OPERATOR),
+    "revokeApiKey": (RateClass.DEFAULT, Role.OPERATOR),
+    "createToken": (RateClass.DEFAULT, Role.USER),
+    "getMe": (RateClass.FREE, Role.USER),
+    "createBatch": (RateClass.BATCH, Role.USER),
+    "listBatches": (RateClass.DEFAULT, Role.USER),
+    "getBatch": (RateClass.DEFAULT, Role.USER),
+    "listBatchJobs": (RateClass.DEFAULT, Role.USER),
+    "streamBatchEvents": (RateClass.STREAM, Role.USER),
+    "cancelBatch": (RateClass.BATCH, Role.USER),
+    "retryFailedOfBatch": (RateClass.BATCH, Role.USER),
+    "createChain": (RateClass.DEFAULT, Role.USER),
+    "listChains": (RateClass.DEFAULT, Role.USER),
+    "getChain": (RateClass.DEFAULT, Role.USER),
+    "changeChain": (RateClass.DEFAULT, Role.USER),
+    "deleteChain": (RateClass.DEFAULT, Role.USER),
+    "executeChain": (RateClass.QUEUE, Role.USER),
+    "cancelChain": (RateClass.QUEUE, Role.USER),
+    "listChainRuns": (RateClass.DEFAULT, Role.USER),
+    "getChainRun": (RateClass.DEFAULT, Role.USER),
+    "streamChainEvents": (RateClass.STREAM, Role.USER),
+    "createScheduledJob": (RateClass.DEFAULT, Role.USER),
+    "listScheduledJobs": (RateClass.DEFAULT, Role.USER),
+    "previewScheduledJob": (RateClass.DEFAULT, Role.USER),
+    "getScheduledJob": (RateClass.DEFAULT, Role.USER),
+    "changeScheduledJob": (RateClass.DEFAULT, Role.USER),
+    "deleteScheduledJob": (RateClass.DEFAULT, Role.USER),
+    "toggleScheduledJob": (RateClass.DEFAULT, Role.USER),
+    "runScheduledJob": (RateClass.QUEUE, Role.USER),
+    "listScheduledJobRuns": (RateClass.DEFAULT, Role.USER),
     "livez": (RateClass.FREE, None),
     "readyz": (RateClass.FREE, None),
+    "metrics": (RateClass.FREE, None),
 }
 
 
@@ -106,6 +182,16 @@ def test_every_route_stands_behind_the_gate() -> None:
     assert len(ROUTES) == len(CLASSES)
     for route in ROUTES:
         assert isinstance(route, GatedRoute), route.path
+
+
+def test_a_second_path_has_the_gate_of_the_first() -> None:
+    aliases = [route for route in compat.router.routes if isinstance(route, APIRoute)]
+    assert len(aliases) >= 28
+    for route in aliases:
+        assert isinstance(route, GatedRoute), route.path
+        declared: Access = route.endpoint.__laneway_access__  # type: ignore[attr-defined]
+        assert route.operation_id is not None
+        assert CLASSES[route.operation_id.removesuffix("Alias")] == (declared.rate, declared.role), route.path
 
 
 def test_a_route_without_access_cannot_be_made() -> None:
@@ -185,6 +271,7 @@ def test_what_is_no_unicode_is_still_answered() -> None:
 
 def test_the_codes_are_a_closed_list() -> None:
     assert codes() == {
+        *("idempotency_in_progress", "idempotency_key_reused", "precondition_failed"),
         *("bad_request", "conflict", "forbidden", "http_error", "illegal_transition", "internal_error"),
         *("invalid_cursor", "invalid_parameters", "invalid_payload", "invalid_request", "job_not_found"),
         *("job_type_not_found", "method_not_allowed", "not_acceptable", "not_finished", "not_found"),
@@ -200,6 +287,13 @@ def test_the_codes_are_a_closed_list() -> None:
             "unsupported_media_type",
         ),
         *("webhook_not_verified", "webhook_url_refused"),
+        *("request_timeout", "headers_too_large"),
+        *("queue_not_found", "tenant_not_found"),
+        "schedule_not_found",
+        *("batch_not_found", "chain_not_found", "chain_run_not_found", "unknown_dependency"),
+        *("host_not_allowed", "key_not_found", "origin_not_allowed"),
+        *("abnormal_usage_detected", "concurrent_requests", "cost_exceeds_quota"),
+        "temporary_reduced_capacity",
     }
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import http_sf
 import pytest
 
-from laneway.limits.decision import UNLIMITED, Decision, Standing
+from laneway.limits.decision import UNLIMITED, Charge, Decision, Standing
 from laneway.limits.headers import render
+from laneway.limits.rules import Partition, Rule
 
 SECOND = 1_000_000
 NOW = 1_795_309_728_250_000
@@ -16,11 +18,16 @@ def decision(*rules: Standing, allowed: bool = True) -> Decision:
 
 
 def queue(used: int = 3, *, reset_us: int = 41_750_000, retry_us: int = 0, quota: int = 10) -> Standing:
-    return Standing("queue", quota, 60, used, reset_us, retry_us)
+    return Standing(Charge(b"", Rule("queue", quota, 60), 1), used, reset_us, retry_us)
 
 
 def hourly(used: int, *, retry_us: int = 0) -> Standing:
-    return Standing("queue-3600", 200, 3600, used, 2000 * SECOND, retry_us)
+    return Standing(Charge(b"", Rule("queue-3600", 200, 3600), 1), used, 2000 * SECOND, retry_us)
+
+
+def jobs(used: int) -> Standing:
+    rule = Rule("jobs", 10_000, 60, Partition.TENANT)
+    return Standing(Charge(b"", rule, 500), used, 3 * SECOND, 0)
 
 
 def test_an_admitted_call_tells_what_is_left_and_when_more_comes() -> None:
@@ -66,6 +73,30 @@ def test_in_a_refusal_the_rule_that_holds_longest_is_the_tightest() -> None:
     assert dict(render(never))[b"x-ratelimit-limit"] == b"10"
 
 
+def test_what_is_counted_in_jobs_says_so() -> None:
+    headers = dict(render(decision(queue(), jobs(500))))
+    assert headers[b"ratelimit-policy"] == b'"queue";q=10;w=60, "jobs";q=10000;w=60;qu="jobs"'
+    assert headers[b"ratelimit"] == b'"queue";r=7;t=42, "jobs";r=9500;t=3'
+
+
+def test_a_rule_that_only_watches_is_not_told_of() -> None:
+    assert render(Decision(True, (queue(),), NOW, shadows=(hourly(7),))) == render(decision(queue()))
+    assert render(Decision(True, (), NOW, shadows=(hourly(7),))) == []
+
+
+@pytest.mark.parametrize("used", [0, 3, 9, 10, 11])
+def test_the_headers_are_structured_fields_within_their_bounds(used: int) -> None:
+    """RFC 9651, as a parser that is not ours reads it."""
+    headers = dict(render(decision(queue(used), hourly(190), jobs(9_999))))
+    policies = http_sf.parse(headers[b"ratelimit-policy"], tltype="list")
+    states = http_sf.parse(headers[b"ratelimit"], tltype="list")
+    assert [name for name, _ in policies] == [name for name, _ in states] == ["queue", "queue-3600", "jobs"]
+    for (_, policy), (_, state) in zip(policies, states, strict=True):
+        assert 0 <= state["r"] <= policy["q"]
+        assert 1 <= state["t"] <= policy["w"]
+    assert policies[2][1]["qu"] == "jobs"
+
+
 def test_an_unused_window_is_available_for_its_whole_length() -> None:
     headers = dict(render(decision(queue(0, reset_us=0))))
     assert headers[b"ratelimit"] == b'"queue";r=10;t=60'
@@ -104,10 +135,11 @@ def test_the_reset_is_the_same_second_in_every_response_until_a_unit_leaves() ->
 def test_the_time_to_come_back_is_rounded_up(retry_us: int, seconds: int) -> None:
     refused = decision(queue(10, reset_us=retry_us, retry_us=retry_us), hourly(1), allowed=False)
     assert refused.retry_after_seconds == seconds
-    assert not refused.impossible
+    assert not refused.never
 
 
 def test_what_was_admitted_or_never_will_be_has_no_time_to_come_back() -> None:
     assert decision(queue()).retry_after_seconds is None
     never = decision(queue(3, retry_us=-1), hourly(200, retry_us=SECOND), allowed=False)
-    assert (never.retry_after_seconds, never.impossible) == (None, True)
+    assert never.retry_after_seconds is None
+    assert [standing.rule.name for standing in never.never] == ["queue"]

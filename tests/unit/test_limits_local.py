@@ -84,8 +84,28 @@ def test_a_flood_of_addresses_does_not_grow_the_table(clock: FrozenClock) -> Non
     assert allowed(limiter, "192.0.2.99") == [False]
 
 
+def test_of_sixty_requests_ten_may_be_failed_logins(clock: FrozenClock) -> None:
+    limiter = AnonymousLimiter(clock=clock)
+    failed = [limiter.hit("192.0.2.1", failed_login=True) for _ in range(11)]
+    assert [decision.allowed for decision in failed] == [True] * 10 + [False]
+    assert failed[10].retry_after_seconds == 60
+    assert [(s.rule.name, s.used) for s in failed[10].rules] == [("anonymous", 10), ("failed-logins", 10)]
+    assert limiter.hit("192.0.2.2", failed_login=True).allowed, "another address has its own"
+    assert allowed(limiter, *["192.0.2.1"] * 51) == [True] * 50 + [False], "what is refused charges nothing"
+    assert not limiter.hit("192.0.2.1", failed_login=True).allowed
+    clock.advance(seconds=60)
+    assert limiter.hit("192.0.2.1", failed_login=True).allowed
+
+
+def test_failed_logins_from_one_ipv6_network_are_counted_together(clock: FrozenClock) -> None:
+    limiter = AnonymousLimiter(clock=clock)
+    failed = [limiter.hit(f"2001:db8::{n:x}", failed_login=True).allowed for n in range(1, 12)]
+    assert failed == [True] * 10 + [False]
+
+
 def test_the_decision_names_the_moment_and_the_rule(clock: FrozenClock) -> None:
     found = AnonymousLimiter(clock=clock).hit("192.0.2.1")
     assert found.now_us == int(clock.now().timestamp()) * 1_000_000
-    (rule,) = found.rules
-    assert (rule.name, rule.quota, rule.window_seconds, rule.used) == ("anonymous", 60, 60, 1)
+    (standing,) = found.rules
+    assert (standing.rule.name, standing.rule.quota, standing.rule.window_seconds) == ("anonymous", 60, 60)
+    assert (standing.used, found.local) == (1, True)

@@ -8,74 +8,104 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from laneway.limits.rules import MAX_QUOTA, MAX_WINDOW_SECONDS, Partition, RateClass, Rule, parse_rules
+from laneway.limits.rules import (
+    MAX_QUOTA,
+    MAX_WINDOW_SECONDS,
+    OnFailure,
+    Partition,
+    Policy,
+    RateClass,
+    Rule,
+    parse_rules,
+)
 from laneway.settings import Settings
 
 DAY = 24 * 3600
 
 
 def test_the_default_setting_holds_the_documented_numbers() -> None:
-    rules = parse_rules(Settings.model_fields["rate_limits"].default)
-    default = (Rule("default", 100, 60, Partition.USER),)
-    assert rules == {
-        RateClass.QUEUE: (Rule("queue", 10, 60, Partition.USER),),
-        RateClass.BATCH: (Rule("batch", 5, 60, Partition.USER),),
-        RateClass.DEFAULT: default,
-        RateClass.STREAM: default,
-        RateClass.FREE: (),
+    assert parse_rules(Settings.model_fields["rate_limits"].default) == {
+        Policy.QUEUE: (Rule("queue", 10, 60, Partition.USER),),
+        Policy.BATCH: (Rule("batch", 5, 60, Partition.USER),),
+        Policy.DEFAULT: (Rule("default", 100, 60, Partition.USER),),
     }
 
 
-def test_off_leaves_every_class_without_rules() -> None:
-    assert parse_rules(" off ") == dict.fromkeys(RateClass, ())
+def test_off_names_nothing_and_a_policy_that_is_off_has_no_rules() -> None:
+    assert parse_rules(" off ") == {}
+    assert parse_rules("default=1/1,stream=off") == {
+        Policy.DEFAULT: (Rule("default", 1, 1),),
+        Policy.STREAM: (),
+    }
 
 
-def test_a_class_that_is_not_named_is_not_limited() -> None:
-    rules = parse_rules("queue=10/60")
-    assert [name for name, found in rules.items() if found] == [RateClass.QUEUE]
+def test_every_class_but_the_free_one_can_be_set() -> None:
+    assert {*RateClass} - {RateClass.FREE} == {policy.value for policy in Policy if not policy.budget}
 
 
-def test_streams_can_have_rules_of_their_own() -> None:
-    rules = parse_rules("default=100/60,stream=7/60")
-    assert rules[RateClass.STREAM] == (Rule("stream", 7, 60),)
-
-
-def test_each_further_window_of_a_class_is_a_rule_with_a_name_of_its_own() -> None:
+def test_each_further_window_of_a_policy_is_a_rule_with_a_name_of_its_own() -> None:
     rules = parse_rules("queue = 10/60 + 200/3600 + 1000/86400 @ tenant")
-    assert rules[RateClass.QUEUE] == (
+    assert rules[Policy.QUEUE] == (
         Rule("queue", 10, 60, Partition.TENANT),
         Rule("queue-3600", 200, 3600, Partition.TENANT),
         Rule("queue-86400", 1000, 86400, Partition.TENANT),
     )
+    assert {rule.policy for rule in rules[Policy.QUEUE]} == {"queue"}
+
+
+def test_budgets_are_counted_per_tenant() -> None:
+    rules = parse_rules("tenant=2000/60,jobs=10000/60+100000/86400@tenant")
+    assert [rule.partition for each in rules.values() for rule in each] == [Partition.TENANT] * 3
+    assert [rule.unit for each in rules.values() for rule in each] == ["requests", "jobs", "jobs"]
+
+
+def test_options_hold_for_all_windows_of_a_policy() -> None:
+    rules = parse_rules("queue=10/60+20/70@user; shadow ;on_failure=closed,batch=1/1;on_failure=open")
+    assert [(rule.shadow, rule.on_failure) for rule in rules[Policy.QUEUE]] == [(True, OnFailure.CLOSED)] * 2
+    assert rules[Policy.BATCH] == (Rule("batch", 1, 1, Partition.USER, False, OnFailure.OPEN),)
 
 
 def test_every_name_fits_a_header_and_a_key() -> None:
-    longest = ",".join(f"{name}=1/1+1/{MAX_WINDOW_SECONDS}" for name in RateClass if name != "free")
+    longest = ",".join(f"{name}=1/1+1/{MAX_WINDOW_SECONDS}" for name in Policy)
     for rules in parse_rules(longest).values():
         for rule in rules:
             assert re.fullmatch(r"[a-z][a-z0-9-]{0,31}", rule.name)
 
 
 def test_the_largest_quota_and_window_are_accepted() -> None:
-    (rule,) = parse_rules(f"queue={MAX_QUOTA}/{MAX_WINDOW_SECONDS}")[RateClass.QUEUE]
+    (rule,) = parse_rules(f"queue={MAX_QUOTA}/{MAX_WINDOW_SECONDS}")[Policy.QUEUE]
     assert (rule.quota, rule.window_seconds) == (99_999_999, 30 * DAY)
     windows = "+".join(f"0/{n}" for n in range(1, 9))
-    assert len(parse_rules(f"queue={windows}")[RateClass.QUEUE]) == 8
+    assert len(parse_rules(f"queue={windows}")[Policy.QUEUE]) == 8
 
 
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("", "'': expected class=quota/seconds@user, or 'off' alone"),
-        ("queue", "'queue': expected class=quota/seconds@user, or 'off' alone"),
-        ("queue=10/60,", "'': expected class=quota/seconds@user, or 'off' alone"),
-        ("queue=10/60,off", "'off': expected class=quota/seconds@user, or 'off' alone"),
-        ("queue=10/60@", "'queue=10/60@': expected class=quota/seconds@user, or 'off' alone"),
+        ("", "'': expected name=quota/seconds@user, or 'off' alone"),
+        ("queue", "'queue': expected name=quota/seconds@user, or 'off' alone"),
+        ("queue=10/60,", "'': expected name=quota/seconds@user, or 'off' alone"),
+        ("queue=10/60,off", "'off': expected name=quota/seconds@user, or 'off' alone"),
+        ("queue=10/60@", "'queue=10/60@': expected name=quota/seconds@user, or 'off' alone"),
         ("queue=10/60@host", "'queue=10/60@host': unknown partition 'host'; expected user or tenant"),
-        ("batch=5/60,quue=10/60", "'quue=10/60': unknown class 'quue'; did you mean 'queue'?"),
-        ("Queue{}=1/1", "'Queue{}=1/1': unknown class 'Queue{}'; did you mean 'queue'?"),
-        ("x=1/1", "'x=1/1': unknown class 'x'; expected queue, batch, default, stream"),
-        ("free=1/1", "'free=1/1': unknown class 'free'; expected queue, batch, default, stream"),
+        ("batch=5/60,quue=10/60", "'quue=10/60': unknown policy 'quue'; did you mean 'queue'?"),
+        ("Queue{}=1/1", "'Queue{}=1/1': unknown policy 'Queue{}'; did you mean 'queue'?"),
+        ("x=1/1", "'x=1/1': unknown policy 'x'; expected queue, batch, default, poll, stream, tenant, jobs"),
+        (
+            "free=1/1",
+            "'free=1/1': unknown policy 'free'; expected queue, batch, default, poll, stream, tenant, jobs",
+        ),
+        ("jobs=1/1@user", "'jobs=1/1@user': jobs is counted per tenant"),
+        (
+            "queue=1/1;shadowy",
+            "'queue=1/1;shadowy': unknown option 'shadowy'; expected shadow or on_failure=local|open|closed",
+        ),
+        (
+            "queue=1/1;on_failure=shut",
+            "unknown option 'on_failure=shut'; expected shadow or on_failure=local|open|closed",
+        ),
+        ("queue=1/1;", "unknown option ''; expected shadow or on_failure=local|open|closed"),
+        ("queue=off+1/1", "'queue=off+1/1': expected quota/seconds in whole numbers, got 'off'"),
         ("queue=/60", "'queue=/60': expected quota/seconds in whole numbers, got '/60'"),
         ("queue=-1/60", "'queue=-1/60': expected quota/seconds in whole numbers, got '-1/60'"),
         ("queue=1.5/60", "'queue=1.5/60': expected quota/seconds in whole numbers, got '1.5/60'"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -13,8 +14,9 @@ from pydantic import BaseModel, Field
 from laneway.domain.spec import JobSpec, Priority
 from laneway.engine import registry as registry_module
 from laneway.engine.context import JobContext
-from laneway.engine.registry import JobType, Registry, background_job, load
+from laneway.engine.registry import JobType, Registry, load
 from laneway.errors import InvalidParameters, JobTypeNotFound
+from laneway.sdk.decorators import background_job
 
 
 class Page(BaseModel):
@@ -229,18 +231,19 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> Registry:
     return fresh
 
 
-def test_a_decorated_function_stays_itself_and_is_a_job_type(registry: Registry) -> None:
+def test_a_decorated_function_keeps_its_signature_and_is_a_job_type(registry: Registry) -> None:
     @background_job(
         queue="mail", priority="high", max_retries=1, exponential_backoff=False, timeout_seconds=5
     )
     def SendMail(to: str) -> str:  # noqa: N802 - names are lowered
         return to
 
-    assert SendMail("x") == "x"
+    assert list(inspect.signature(SendMail).parameters) == ["to"]
+    assert SendMail.job_type == "test_registry.sendmail"
     [job_type] = registry
     assert job_type == JobType(
         "test_registry.sendmail",
-        SendMail,
+        inspect.unwrap(SendMail),
         queue="mail",
         priority=Priority.HIGH,
         max_retries=1,

@@ -14,9 +14,10 @@ from laneway.engine.context import Progress
 from laneway.engine.endings import Ending, Raised
 from laneway.engine.outcomes import Claimed, decide
 from laneway.engine.registry import JobType
+from laneway.engine.running import Runner
 from laneway.engine.transitions import BackOff, Fail
 from laneway.errors import PermanentError, Retry, Snooze, StorageUnavailable, TransientError
-from laneway.worker.running import Runner
+from laneway.worker.alarm import Alarm
 
 NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
 ERRORS: dict[str, BaseException] = {
@@ -48,7 +49,7 @@ async def fails_later(error: str) -> None:
 
 
 def ending_of(error: str, function: Any = fails, **lists: Any) -> Ending:
-    return Runner().run(
+    return Runner(Alarm()).run(
         JobType("demo.fails", function, **lists),
         job_id="j",
         attempt=1,
@@ -109,7 +110,7 @@ def test_a_failed_attempt_is_recorded_with_type_message_and_traceback() -> None:
 
 
 def test_parameters_that_no_longer_fit_are_a_dead_letter_whatever_is_retried() -> None:
-    ending = Runner().run(
+    ending = Runner(Alarm()).run(
         JobType("demo.fails", fails, retry_on=(Exception,)),
         job_id="j",
         attempt=1,

@@ -59,6 +59,7 @@ def test_a_variable_without_the_prefix_sets_nothing(monkeypatch: pytest.MonkeyPa
     [
         ("port", [0, 65535], [-1, 65536]),
         ("max_body_bytes", [1024], [1023]),
+        ("max_batch_body_bytes", [1024], [1023]),
         ("streams_per_caller", [1], [0]),
         ("job_timeout_seconds", [1], [0]),
         ("lane_window", [1], [0]),

@@ -12,31 +12,50 @@ from starlette.types import ASGIApp
 
 from laneway import __version__
 from laneway.api import (
+    admin,
+    api_keys,
+    auth_tokens,
+    batches,
     cancels,
+    chains,
+    compat,
     dead_letters,
     deliveries,
     events,
     health,
     job_history,
     jobs,
+    me,
+    metrics,
     openapi,
     problems,
     queues,
+    rate_limits,
+    scheduled_jobs,
     webhooks,
     workers,
 )
 from laneway.api.edge import Edge
 from laneway.api.gate import GatedRoute
+from laneway.api.hosts import HostCheck, allowed_hosts
 from laneway.api.leaving import Leaving
 from laneway.api.runtime import Runtime
+from laneway.engine.production import need_fit_for_production
 from laneway.settings import Settings, get_settings
 
 BASE = "/api/v1"
 
 
 def create_app(settings: Settings | None = None, *, leaving: Leaving | None = None) -> ASGIApp:
-    """The application, for `uvicorn --factory`. Its parts start and stop with the ASGI lifespan."""
-    return Edge(create_api(settings or get_settings(), leaving=leaving))
+    """The application, for `uvicorn --factory`. Its parts start and stop with the ASGI lifespan.
+
+    Raises NotForProduction for what production must not have.
+    """
+    settings = settings or get_settings()
+    need_fit_for_production(settings, api=True)
+    app: ASGIApp = create_api(settings, leaving=leaving)
+    hosts = allowed_hosts(settings)
+    return Edge(app if hosts is None else HostCheck(app, hosts), settings)
 
 
 def create_api(settings: Settings, *, leaving: Leaving | None = None) -> FastAPI:
@@ -56,13 +75,20 @@ def create_api(settings: Settings, *, leaving: Leaving | None = None) -> FastAPI
         lifespan=lifespan,
         redirect_slashes=False,
         redoc_url=None,
+        swagger_ui_oauth2_redirect_url=None,
     )
     problems.install(app)
     # Routes are tried in this order, and most requests are about jobs.
-    nouns = (jobs, events, cancels, job_history, queues, workers, dead_letters, webhooks, deliveries)
+    nouns = (
+        *(jobs, events, cancels, job_history, queues, workers, dead_letters, webhooks, deliveries),
+        *(api_keys, auth_tokens, me),
+        *(admin, compat, rate_limits),
+        *(scheduled_jobs, batches, chains),
+    )
     for router in (*(noun.router for noun in nouns), *_mounted(settings)):
         app.include_router(router, prefix=BASE)
     app.include_router(health.router)
+    app.include_router(metrics.router)
     openapi.finish(app)
     return app
 

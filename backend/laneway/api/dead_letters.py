@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
 from laneway.api.gate import GatedRoute, access
+from laneway.api.idempotency import IdempotencyKey, key_of, once, replayed
 from laneway.api.jobs import (
     MAX_PAGE,
     POLL_HINT_SECONDS,
@@ -26,7 +27,7 @@ from laneway.api.runtime import CallerDep, RuntimeDep, ServiceDep, in_thread
 from laneway.api.schemas import JobPage, JobView, problems
 from laneway.domain.retry import DeadLetterReason
 from laneway.domain.spec import JOB_TYPE_PATTERN, QUEUE_PATTERN
-from laneway.engine import dead_letters
+from laneway.engine import dead_letters, idempotency
 from laneway.engine.callers import Role
 from laneway.engine.dead_letters import MAX_BULK, MAX_SAMPLE, Bulk, DeadLetterFilter
 from laneway.engine.queries import MAX_COUNTED, stamp
@@ -132,14 +133,23 @@ async def get_dead_letter(job_id: UUID, caller: CallerDep, service: ServiceDep) 
     operation_id="retryDeadLetter",
     responses=problems(400, 404, 409, 413, 415),
 )
-@access(RateClass.QUEUE)
+@access(RateClass.QUEUE, jobs=1)
 async def retry_dead_letter(
-    request: Request, job_id: UUID, caller: CallerDep, runtime: RuntimeDep, how: RetryRequest | None = None
+    request: Request,
+    job_id: UUID,
+    caller: CallerDep,
+    runtime: RuntimeDep,
+    how: RetryRequest | None = None,
+    idempotency_key: IdempotencyKey = None,
 ) -> Response:
     """Queue a dead letter again, with other parameters where they are given."""
     parameters = how.parameters if how else None
-    job = await in_thread(runtime.service.retry, str(job_id), caller, parameters=parameters, dead_letter=True)
-    return accepted(request, job)
+    key = key_of(request, caller, "retryDeadLetter", await request.body(), of=job_id)
+    retry = runtime.service.retry
+    job = await once(
+        lambda: in_thread(retry, str(job_id), caller, parameters=parameters, dead_letter=True, key=key)
+    )
+    return replayed(accepted(request, job), job)
 
 
 @router.post(
@@ -154,26 +164,33 @@ async def retry_dead_letter(
 )
 @access(RateClass.BATCH, Role.OPERATOR)
 async def retry_dead_letters(
-    request: Request, how: RetryManyRequest, caller: CallerDep, service: ServiceDep
+    request: Request,
+    how: RetryManyRequest,
+    caller: CallerDep,
+    service: ServiceDep,
+    idempotency_key: IdempotencyKey = None,
 ) -> Response:
     """Retry the tenant's dead letters that match, oldest first, at most 10,000 a call.
 
     What was done before a failure stays done: the same call again goes on with the rest. So does one that
     answers `remaining`.
     """
-    done = await in_thread(
-        dead_letters.retry_all,
-        service,
-        caller,
-        how.filter.filter,
-        rate=how.rate,
-        limit=how.limit,
-        dry_run=how.dry_run,
-    )
+    key = key_of(request, caller, "retryDeadLetters", await request.body())
+
+    def retry() -> dict[str, Any]:
+        wanted = how.filter.filter
+        return _view(
+            dead_letters.retry_all(
+                service, caller, wanted, rate=how.rate, limit=how.limit, dry_run=how.dry_run
+            )
+        )
+
     if how.dry_run:
-        return as_json(_view(done))
+        return as_json(await in_thread(retry))
+    done = await in_thread(idempotency.around, service.database, key, retry, now=service.clock.now())
     where = link_to(request, "/api/v1/dead-letters")
-    return as_json(_view(done), 202, {"Location": where, "Retry-After": str(POLL_HINT_SECONDS)})
+    headers = {"Location": where, "Retry-After": str(POLL_HINT_SECONDS)}
+    return replayed(as_json(done, 202, headers), done)
 
 
 @router.delete(

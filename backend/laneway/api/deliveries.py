@@ -13,12 +13,13 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from starlette.responses import Response
 
 from laneway.api.gate import GatedRoute, access
+from laneway.api.idempotency import IdempotencyKey, key_of, once, replayed
 from laneway.api.job_history import HistoryQuery
 from laneway.api.jobs import MAX_PAGE, POLL_HINT_SECONDS, Moment, as_json, link_to, page_answer
 from laneway.api.runtime import CallerDep, Runtime, RuntimeDep, in_thread
 from laneway.api.schemas import problems
 from laneway.domain.events import EventType, SystemEvent
-from laneway.engine import recoveries, webhook_ledger
+from laneway.engine import idempotency, recoveries, webhook_ledger
 from laneway.engine.callers import Role
 from laneway.engine.queries import Scope, decode_cursor, encode_cursor
 from laneway.engine.recoveries import MAX_COUNTED, MAX_PER_SECOND, PER_SECOND, Mode, Wish
@@ -245,25 +246,36 @@ async def get_delivery(delivery_id: UUID, caller: CallerDep, runtime: RuntimeDep
     status_code=202,
     response_model=DeliveryDetail,
     operation_id="redeliverWebhook",
-    responses=problems(404, 409),
+    responses=problems(400, 404, 409, 413, 415),
 )
 @access(RateClass.QUEUE)
-async def redeliver(request: Request, delivery_id: UUID, caller: CallerDep, runtime: RuntimeDep) -> Response:
+async def redeliver(
+    request: Request,
+    delivery_id: UUID,
+    caller: CallerDep,
+    runtime: RuntimeDep,
+    idempotency_key: IdempotencyKey = None,
+) -> Response:
     """Send it again, whatever became of it: the same bytes under the same `webhook-id`, signed anew.
 
     409 while it is on its way, when its endpoint is disabled or gone, and once its payload was pruned.
     """
 
+    key = key_of(request, caller, "redeliverWebhook", await request.body(), of=delivery_id)
+
     def send() -> dict[str, Any]:
+        now = runtime.clock.now()
         with runtime.database.write() as connection:
-            sent = webhook_ledger.redeliver(
-                connection, scope_of(caller), str(delivery_id), now=runtime.clock.now()
-            )
+            if (first := idempotency.begin(connection, key, now=now)) is not None:
+                return first
+            sent = webhook_ledger.redeliver(connection, scope_of(caller), str(delivery_id), now=now)
+            idempotency.keep(connection, key, sent)
         runtime.service.news.ring_courier()
         return sent
 
     where = link_to(request, f"/api/v1/webhooks/deliveries/{delivery_id}")
-    return _on_its_way(await in_thread(send), where)
+    sent = await once(lambda: in_thread(send))
+    return replayed(_on_its_way(sent, where), sent)
 
 
 @router.post(
@@ -278,13 +290,19 @@ async def redeliver(request: Request, delivery_id: UUID, caller: CallerDep, runt
 )
 @access(RateClass.DEFAULT, Role.OPERATOR)
 async def recover(
-    request: Request, endpoint_id: UUID, wanted: RecoverRequest, caller: CallerDep, runtime: RuntimeDep
+    request: Request,
+    endpoint_id: UUID,
+    wanted: RecoverRequest,
+    caller: CallerDep,
+    runtime: RuntimeDep,
+    idempotency_key: IdempotencyKey = None,
 ) -> Response:
     """Send again, in the background, what an endpoint did not get. Live messages go first.
 
     409 while another recovery of the endpoint runs, and when the endpoint is disabled.
     """
     now = runtime.clock.now()
+    key = key_of(request, caller, "recoverWebhookEndpoint", await request.body(), of=endpoint_id)
     wish = Wish(wanted.mode, wanted.since, min(wanted.until or now, now))
 
     def count() -> int:
@@ -293,7 +311,9 @@ async def recover(
 
     def start() -> dict[str, Any]:
         with runtime.database.write() as connection:
-            return recoveries.start(
+            if (first := idempotency.begin(connection, key, now=now)) is not None:
+                return first
+            started = recoveries.start(
                 connection,
                 caller.tenant_id,
                 str(endpoint_id),
@@ -302,12 +322,14 @@ async def recover(
                 by=caller.subject,
                 now=now,
             )
+            idempotency.keep(connection, key, started)
+            return started
 
     if wanted.dry_run:
         return as_json({"dry_run": True, "count": await in_thread(count)})
-    recovery = await in_thread(start)
+    recovery = await once(lambda: in_thread(start))
     where = link_to(request, f"/api/v1/webhooks/recoveries/{recovery['id']}")
-    return _on_its_way(recovery, where)
+    return replayed(_on_its_way(recovery, where), recovery)
 
 
 @router.get(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Any
 
 from pydantic import BaseModel, Field, create_model
@@ -9,6 +10,7 @@ from pydantic.json_schema import models_json_schema
 
 from laneway.api.schemas import JobView
 from laneway.domain.events import EventType, SystemEvent
+from laneway.domain.states import JobStatus
 from laneway.engine.telling import LEFT_OUT
 
 _JOB_FIELDS: dict[str, Any] = {
@@ -35,6 +37,55 @@ class JobTypeEventData(BaseModel):
     ended: int = Field(description="Those, and the jobs that completed.")
     percent: float = Field(description="How many of a hundred may fail.")
     within_seconds: int
+
+
+class BatchEventData(BaseModel):
+    """How a batch ended."""
+
+    batch_id: str
+    status: str = Field(description="`completed`, or `failed` when not all jobs completed.")
+    total: int = Field(description="Jobs that the request held.")
+    enqueued: int = Field(description="Of them accepted.")
+    counts: dict[JobStatus, int]
+    created_at: datetime
+    finished_at: datetime
+
+
+class ChainEventData(BaseModel):
+    """How a chain's run ended."""
+
+    chain_id: str
+    run_id: str
+    name: str
+    status: str = Field(description="`completed`, `failed`, `timeout` or `cancelled`.")
+    error_message: str | None
+    total_steps: int
+    started_at: datetime
+    finished_at: datetime
+
+
+class ScheduleEventData(BaseModel):
+    """A schedule that something happened to."""
+
+    schedule_id: str
+    name: str | None
+    job_type: str
+
+
+class ScheduleMissedData(ScheduleEventData):
+    """Slots that did not run: one, or several in a row with the same reason."""
+
+    slot: datetime = Field(description="The first of them.")
+    last_slot: datetime
+    slots: int
+    reason: str = Field(description="As in `GET /scheduled-jobs/{id}/runs`.")
+
+
+class ScheduleFailingData(ScheduleEventData):
+    """A schedule whose runs fail one after the other."""
+
+    consecutive_failures: int
+    last_job_id: str
 
 
 class EndpointEventData(BaseModel):
@@ -64,6 +115,11 @@ class EndpointTestData(EndpointEventData):
 
 PAYLOADS: dict[str, type[BaseModel]] = {
     **dict.fromkeys(EventType, JobEventData),
+    SystemEvent.SCHEDULE_MISSED: ScheduleMissedData,
+    SystemEvent.SCHEDULE_FAILING: ScheduleFailingData,
+    SystemEvent.BATCH_COMPLETED: BatchEventData,
+    SystemEvent.CHAIN_COMPLETED: ChainEventData,
+    SystemEvent.CHAIN_FAILED: ChainEventData,
     SystemEvent.JOB_TYPE_FAILING: JobTypeEventData,
     SystemEvent.JOB_TYPE_RECOVERED: JobTypeEventData,
     SystemEvent.ENDPOINT_FAILING: EndpointFailingData,
@@ -105,6 +161,12 @@ _JOB: dict[str, Any] = {
     "webhook_url": "https://example.com/hooks/laneway",
     "webhook_events": None,
     "dead_letter_reason": None,
+    "scheduled_job_id": None,
+    "depends_on": [],
+    "on_dependency_failure": "cancel",
+    "batch_id": None,
+    "chain_id": None,
+    "chain_step": None,
     "cancelled_by": None,
     "cancelled_at": None,
     "created_at": "2026-01-01T12:00:00.000000Z",
@@ -125,6 +187,22 @@ _ENDPOINT = {
     "url": "https://example.com/hooks/laneway",
 }
 _JOB_TYPE = {"job_type": "report.render", "failed": 7, "ended": 20, "percent": 20.0, "within_seconds": 600}
+_CHAIN = {
+    "chain_id": "019b7a5e-4c00-7000-8000-000000000005",
+    "run_id": "019b7a5e-4c00-7000-8000-000000000006",
+    "name": "nightly import",
+    "status": "completed",
+    "error_message": None,
+    "total_steps": 3,
+    "started_at": "2026-01-01T12:00:00.000000Z",
+    "finished_at": _AT,
+}
+_SLOT = "2026-01-01T12:00:00.000000Z"
+_SCHEDULE = {
+    "schedule_id": "019b7a5e-4c00-7000-8000-000000000003",
+    "name": "nightly report",
+    "job_type": "report.render",
+}
 _EXAMPLES: dict[str, dict[str, Any]] = {
     EventType.JOB_COMPLETED: _JOB
     | _ENDED
@@ -151,6 +229,22 @@ _EXAMPLES: dict[str, dict[str, Any]] = {
     },
     EventType.JOB_DEAD_LETTERED: _JOB | _ENDED | _FAILED,
     EventType.JOB_PROGRESS: _JOB,
+    SystemEvent.SCHEDULE_MISSED: _SCHEDULE
+    | {"slot": _SLOT, "last_slot": _SLOT, "slots": 1, "reason": "overlap"},
+    SystemEvent.SCHEDULE_FAILING: _SCHEDULE
+    | {"consecutive_failures": 3, "last_job_id": "019b7a5e-4c00-7000-8000-000000000001"},
+    SystemEvent.BATCH_COMPLETED: {
+        "batch_id": "019b7a5e-4c00-7000-8000-000000000004",
+        "status": "failed",
+        "total": 100,
+        "enqueued": 100,
+        "counts": dict.fromkeys((status.value for status in JobStatus), 0) | {"completed": 98, "failed": 2},
+        "created_at": "2026-01-01T12:00:00.000000Z",
+        "finished_at": _AT,
+    },
+    SystemEvent.CHAIN_COMPLETED: _CHAIN,
+    SystemEvent.CHAIN_FAILED: _CHAIN
+    | {"status": "failed", "error_message": "step 1: ConnectionError: no route to host"},
     SystemEvent.JOB_TYPE_FAILING: _JOB_TYPE,
     SystemEvent.JOB_TYPE_RECOVERED: _JOB_TYPE | {"failed": 2},
     SystemEvent.ENDPOINT_FAILING: _ENDPOINT | {"percent": 50},

@@ -1,36 +1,45 @@
-"""Following a job by server-sent events (WHATWG HTML, section 9.2)."""
+"""Following one job, or all of a tenant's, by server-sent events (WHATWG HTML, section 9.2)."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import time
 from collections.abc import AsyncIterator
+from enum import StrEnum
 from typing import Annotated, Any
 from uuid import UUID
 
-from fastapi import APIRouter, Depends, Header
+from fastapi import APIRouter, Depends, Header, Query
+from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import RowMapping
 from starlette.responses import Response, StreamingResponse
 
 from laneway.api.gate import GatedRoute, access
+from laneway.api.hub import Step
 from laneway.api.runtime import CallerDep, Runtime, RuntimeDep, in_thread
 from laneway.api.schemas import problems
 from laneway.domain.states import FINAL, JobStatus
+from laneway.engine import happenings
 from laneway.engine.callers import Caller
+from laneway.engine.changes import CHANGE
+from laneway.engine.happenings import Happened, Place
 from laneway.engine.queries import stamp
-from laneway.engine.service import Following
+from laneway.engine.service import Following, scope_of
 from laneway.errors import LanewayError
 from laneway.limits.rules import RateClass
 
 STREAM_SECONDS = 15 * 60
 PING_SECONDS = 15.0
 RECONNECT_MS = 2000
+RETRY = b"retry: %d\n\n" % RECONNECT_MS
+LOOK_SECONDS = 0.1  # between looks at all of a tenant's events
 
 router = APIRouter(route_class=GatedRoute, tags=["jobs"])
 
 
-async def _place(caller: CallerDep, runtime: RuntimeDep) -> AsyncIterator[None]:
+async def stream_place(caller: CallerDep, runtime: RuntimeDep) -> AsyncIterator[None]:
     """One of the caller's streams, held until the answer has ended, however it ends."""
     with runtime.streams.open(caller):
         yield
@@ -48,7 +57,7 @@ async def _place(caller: CallerDep, runtime: RuntimeDep) -> AsyncIterator[None]:
         204: {"description": "The job has ended and all its events were seen: stop reconnecting."},
         **problems(404),
     },
-    dependencies=[Depends(_place)],
+    dependencies=[Depends(stream_place)],
 )
 @access(RateClass.STREAM)
 async def stream_job_events(
@@ -70,7 +79,7 @@ async def _frames(runtime: Runtime, caller: Caller, job_id: str, seen: int) -> A
     spoke_at = time.monotonic()
     until = spoke_at + STREAM_SECONDS
     last_progress: tuple[Any, ...] | None = None
-    yield b"retry: %d\n\n" % RECONNECT_MS
+    yield RETRY
     with runtime.hub.watch(job_id) as watch:
         while time.monotonic() < until and not runtime.leaving.closing:
             try:
@@ -80,13 +89,13 @@ async def _frames(runtime: Runtime, caller: Caller, job_id: str, seen: int) -> A
             frames = []
             for event in now.events:
                 seen = event["seq"]
-                frames.append(_frame(str(seen), f"job.{event['status']}", _news_of(event, now)))
+                frames.append(sse_frame(str(seen), _name_of(event), _news_of(event, now)))
             job = now.job
             progress = (job["attempt"], job["progress"], job["progress_message"])
             newer = progress != last_progress and progress[:2] >= (last_progress or (0, 0))[:2]
             if job["status"] == JobStatus.RUNNING and job["progress"] and newer:
                 last_progress = progress
-                frames.append(_frame(f"{seen}.{job['progress']}", "job.progress", _news(job)))
+                frames.append(sse_frame(f"{seen}.{job['progress']}", "job.progress", _news(job)))
             if not frames and time.monotonic() - spoke_at > PING_SECONDS:
                 frames.append(b": ping\n\n")
             for frame in frames:
@@ -102,8 +111,133 @@ async def _frames(runtime: Runtime, caller: Caller, job_id: str, seen: int) -> A
                         "progress_details": step.details,
                     }
                     last_progress = (step.attempt, step.percent, step.message)
-                    yield _frame(f"{seen}.{step.percent}", "job.progress", _news(job))
+                    yield sse_frame(f"{seen}.{step.percent}", "job.progress", _news(job))
                     spoke_at = time.monotonic()
+
+
+class StreamEvent(StrEnum):
+    """What a stream tells of: the status that a job has now, or what else became of it."""
+
+    SCHEDULED = "job.scheduled"
+    BLOCKED = "job.blocked"
+    QUEUED = "job.queued"
+    RUNNING = "job.running"
+    RETRYING = "job.retrying"
+    COMPLETED = "job.completed"
+    FAILED = "job.failed"
+    TIMEOUT = "job.timeout"
+    CANCELLED = "job.cancelled"
+    EXPIRED = "job.expired"
+    CHANGED = "job.changed"
+    PROGRESS = "job.progress"
+
+
+class EventsQuery(BaseModel):
+    """What `GET /events` may be asked."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    types: list[StreamEvent] = Field([], description="Only these events. Repeatable; none: all.")
+
+
+@router.get(
+    "/events",
+    operation_id="streamEvents",
+    response_class=Response,
+    responses={
+        200: {
+            "description": "Server-sent events",
+            "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        },
+        **problems(400),
+    },
+    dependencies=[Depends(stream_place)],
+)
+@access(RateClass.STREAM)
+async def stream_events(
+    caller: CallerDep,
+    runtime: RuntimeDep,
+    asked: Annotated[EventsQuery, Query()],
+    last_event_id: Annotated[str | None, Header()] = None,
+) -> Response:
+    """Follow all jobs: a user its own, others their tenant's. One stream in place of one for each job.
+
+    With `Last-Event-ID` from there, for an hour back; `reset` says that events are left out. The stream is
+    closed after 15 minutes, and goes on where it was when the client comes back.
+    """
+    place, gap = await in_thread(_begin, runtime, caller, last_event_id or None)
+    frames = _frames_of_all(runtime, caller, place, gap, frozenset(asked.types) or frozenset(StreamEvent))
+    return StreamingResponse(frames, media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
+
+
+async def _frames_of_all(
+    runtime: Runtime, caller: Caller, place: Place, gap: bool, types: frozenset[StreamEvent]
+) -> AsyncIterator[bytes]:
+    spoke_at = time.monotonic()
+    until = spoke_at + STREAM_SECONDS
+    # An id without data is no event, and still what a client comes back with.
+    yield RETRY + (sse_frame(str(place), "reset", {}) if gap else _id_frame(place))
+    steps: dict[str, Step] = {}
+    with runtime.hub.watch_all() as watch:
+        while time.monotonic() < until and not runtime.leaving.closing:
+            try:
+                now, moved = await in_thread(_look, runtime, caller, place, steps)
+            except LanewayError:
+                return  # the database is gone: the client comes back and is told so
+            told = [event for event in now.events if _name_of(event) in types]
+            for event in told:
+                yield sse_frame(str(happenings.place_of(event)), _name_of(event), _happening(event))
+            for job in moved:
+                yield sse_frame(None, StreamEvent.PROGRESS, job)
+            place, steps = now.place, {}
+            if told or moved:
+                spoke_at = time.monotonic()
+            if now.more:
+                continue
+            if time.monotonic() - spoke_at > PING_SECONDS:
+                yield b": ping\n" + _id_frame(place)
+                spoke_at = time.monotonic()
+            await asyncio.sleep(LOOK_SECONDS)
+            steps = await watch.changed(PING_SECONDS)
+            if StreamEvent.PROGRESS not in types:
+                steps = {}
+
+
+def _begin(runtime: Runtime, caller: Caller, last_event_id: str | None) -> tuple[Place, bool]:
+    with runtime.database.read() as connection:
+        return happenings.begin(connection, scope_of(caller), last_event_id, now=runtime.clock.now())
+
+
+def _look(
+    runtime: Runtime, caller: Caller, place: Place, steps: dict[str, Step]
+) -> tuple[Happened, list[dict[str, Any]]]:
+    """What happened, and those of the steps whose jobs still run after that."""
+    scope = scope_of(caller)
+    with runtime.database.read() as connection:
+        now = happenings.after(connection, scope, place)
+        jobs = happenings.running(connection, scope, steps) if steps else ()
+    moved = [
+        dict(job)
+        | {
+            "status": JobStatus.RUNNING,
+            "progress": step.percent,
+            "progress_message": step.message,
+            "progress_details": step.details,
+        }
+        for job in jobs
+        if (step := steps[job["id"]]).attempt == job["attempt"]
+    ]
+    return now, moved
+
+
+def _happening(event: RowMapping) -> dict[str, Any]:
+    names = ("job_type", "queue", "title", "status", "attempt", "seq", "action", "actor", "reason")
+    return {"id": event["job_id"]} | {name: event[name] for name in names} | {"at": stamp(event["at"])}
+
+
+def _name_of(event: RowMapping) -> StreamEvent:
+    """A change of what the job is to do leads to no other status, and is told under a name of its own."""
+    return StreamEvent.CHANGED if event["action"] == CHANGE else StreamEvent(f"job.{event['status']}")
 
 
 def _news(job: dict[str, Any]) -> dict[str, Any]:
@@ -124,6 +258,11 @@ def _news_of(event: RowMapping, now: Following) -> dict[str, Any]:
     return news
 
 
-def _frame(event_id: str, event: str, data: dict[str, Any]) -> bytes:
+def sse_frame(event_id: str | None, event: str, data: dict[str, Any]) -> bytes:
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
-    return f"id: {event_id}\nevent: {event}\ndata: {text}\n\n".encode("utf-8", "replace")
+    place = "" if event_id is None else f"id: {event_id}\n"
+    return f"{place}event: {event}\ndata: {text}\n\n".encode("utf-8", "replace")
+
+
+def _id_frame(place: Place) -> bytes:
+    return f"id: {place}\n\n".encode()

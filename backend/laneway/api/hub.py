@@ -18,6 +18,7 @@ from laneway.lanes.live import JOBS_CHANNEL
 
 POLL_SECONDS = 1.0  # between looks when nothing was heard: news may be lost
 RECONNECT_SECONDS = 1.0
+MAX_STEPS = 1_000  # that wait for one who watches all jobs: of more, the oldest are left out
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,31 @@ class Watch:
         return step
 
 
+class WatchAll:
+    """One waiter's view of every job."""
+
+    def __init__(self) -> None:
+        self._changed = asyncio.Event()
+        self._steps: dict[str, Step] = {}
+
+    def stir(self, job_id: str, step: Step | None) -> None:
+        """Wake the waiter; of each job it gets the newest step."""
+        if step is not None:
+            self._steps.pop(job_id, None)
+            self._steps[job_id] = step
+            if len(self._steps) > MAX_STEPS:
+                del self._steps[next(iter(self._steps))]
+        self._changed.set()
+
+    async def changed(self, seconds: float) -> dict[str, Step]:
+        """Progress by job, on news or after at most `seconds` or POLL_SECONDS."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._changed.wait(), max(0.0, min(seconds, POLL_SECONDS)))
+        self._changed.clear()
+        steps, self._steps = self._steps, {}
+        return steps
+
+
 class Hub:
     """Hands news of jobs to those who wait for them."""
 
@@ -63,6 +89,7 @@ class Hub:
             redis_url, socket_connect_timeout=1.0, retry=Retry(NoBackoff(), 0)
         )
         self._watches: dict[str, set[Watch]] = {}
+        self._all: set[WatchAll] = set()
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -75,6 +102,8 @@ class Hub:
         for watches in self._watches.values():
             for watch in watches:
                 watch.stir()
+        for everything in self._all:
+            everything.stir("", None)
         await self._redis.aclose()
 
     @contextmanager
@@ -89,6 +118,16 @@ class Hub:
             watches.discard(watch)
             if not watches:
                 del self._watches[job_id]
+
+    @contextmanager
+    def watch_all(self) -> Iterator[WatchAll]:
+        """A view of all jobs, of every tenant: whoever has it must ask which of them it may tell of."""
+        watch = WatchAll()
+        self._all.add(watch)
+        try:
+            yield watch
+        finally:
+            self._all.discard(watch)
 
     async def _listen(self) -> None:
         while True:
@@ -106,6 +145,8 @@ class Hub:
                 job_id, step = (item, None) if isinstance(item, str) else _step_of(*item)
                 for watch in self._watches.get(job_id, ()):
                     watch.stir(step)
+                for everything in self._all:
+                    everything.stir(job_id, step)
 
 
 def _step_of(

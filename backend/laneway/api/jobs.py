@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
@@ -26,21 +26,26 @@ from pydantic import (
 from starlette.responses import Response
 
 from laneway.api.gate import GatedRoute, access
+from laneway.api.idempotency import IdempotencyKey, key_of, once, replayed
 from laneway.api.runtime import CallerDep, Runtime, RuntimeDep, in_thread, runtime_of
 from laneway.api.schemas import JobPage, JobStatusView, JobView, ResultView, problems
-from laneway.domain.spec import JOB_TYPE_PATTERN, QUEUE_PATTERN, JobSpec, Priority
+from laneway.domain.spec import JOB_TYPE_PATTERN, QUEUE_PATTERN, JobChange, JobSpec, Priority
 from laneway.domain.states import FINAL, JobStatus
+from laneway.engine import changes
 from laneway.engine.callers import Caller, Role
-from laneway.engine.queries import JobFilter
-from laneway.errors import BadRequest
+from laneway.engine.queries import MAX_SEARCHED, JobFilter
+from laneway.errors import JobNotFound
 from laneway.limits.rules import RateClass
 
 LONGEST_WAIT_SECONDS = 30
 POLL_HINT_SECONDS = 1
 MAX_PAGE = 200
+MAX_SEARCH = 200  # characters of `q`
+NO_NUL = r"^[^\x00]*$"
 
 _ALIASES = {"pending": JobStatus.QUEUED, "processing": JobStatus.RUNNING, "success": JobStatus.COMPLETED}
 _WAIT = re.compile(r"(?:^|,)\s*wait\s*=\s*\"?(\d{1,6})\"?\s*(?:,|;|$)", re.IGNORECASE)
+_TAG = re.compile(r'"(\d{1,9})(?:\.\w+)?"')
 _STATUS_FIELDS = tuple(JobStatusView.model_fields)
 
 router = APIRouter(route_class=GatedRoute, tags=["jobs"])
@@ -82,6 +87,14 @@ def page_answer(request: Request, page: list[dict[str, Any]], following: str | N
     return as_json({"data": page, "next_cursor": following, "has_more": following is not None}, 200, headers)
 
 
+def traced(request: Request, spec: JobSpec) -> JobSpec:
+    """The spec with the request's `traceparent` in its metadata, unless that has one of its own."""
+    trace = request.scope.get("laneway.traceparent")
+    if trace is None or "traceparent" in spec.metadata:
+        return spec
+    return spec.model_copy(update={"metadata": {**spec.metadata, "traceparent": trace}})
+
+
 async def _read_and_create(request: Request, runtime: Runtime, caller: Caller) -> Response:
     """`create_job` with its arguments taken from the request at the least cost."""
     try:
@@ -89,7 +102,7 @@ async def _read_and_create(request: Request, runtime: Runtime, caller: Caller) -
     except ValidationError as error:
         found = error.errors(include_url=False, include_context=False, include_input=False)
         raise RequestValidationError([e | {"loc": ("body", *e["loc"])} for e in found]) from None
-    return await create_job(request, spec, caller, runtime, request.headers.get("prefer"))
+    return await create_job(request, spec, caller, runtime, request.headers.get("prefer"), None)
 
 
 @router.post(
@@ -102,27 +115,28 @@ async def _read_and_create(request: Request, runtime: Runtime, caller: Caller) -
         **problems(400, 409, 413, 415),
     },
 )
-@access(RateClass.QUEUE, direct=_read_and_create)
+@access(RateClass.QUEUE, jobs=1, direct=_read_and_create)
 async def create_job(
     request: Request,
     spec: JobSpec,
     caller: CallerDep,
     runtime: RuntimeDep,
     prefer: Annotated[str | None, Header()] = None,
+    idempotency_key: IdempotencyKey = None,
 ) -> Response:
     """Queue a job. A 202 means that it is committed and will end in a final status."""
-    if "idempotency-key" in request.headers:
-        raise BadRequest("Idempotency-Key is not supported; `unique_key` in the body keeps one job active")
-    prepared = runtime.service.prepare(spec, caller)
+    key = key_of(request, caller, "createJob", await request.body())
+    prepared = runtime.service.prepare(traced(request, spec), caller, key=key)
     seconds = wait_asked(prefer)
     if not seconds:
-        return accepted(request, await runtime.new_jobs.add(prepared))
+        job = await once(lambda: runtime.new_jobs.add(prepared))
+        return replayed(accepted(request, job), job)
     with runtime.streams.open(caller):
-        job = await runtime.new_jobs.add(prepared)
+        job = await once(lambda: runtime.new_jobs.add(prepared))
         ended = await _wait_for_end(runtime, caller, job["id"], seconds)
     if ended is None:
-        return accepted(request, job)
-    return as_json(ended, 200, {"Preference-Applied": f"wait={seconds}"})
+        return replayed(accepted(request, job), job)
+    return replayed(as_json(ended, 200, {"Preference-Applied": f"wait={seconds}"}), job)
 
 
 def by_alias(value: object) -> object:
@@ -151,6 +165,18 @@ class JobQuery(BaseModel):
     priority: Priority | None = None
     created_after: Moment | None = None
     created_before: Moment | None = None
+    tag: Annotated[str, Field(min_length=1, max_length=100, pattern=NO_NUL)] | None = Field(
+        None, description="Exactly this tag."
+    )
+    q: Annotated[str, Field(min_length=1, max_length=MAX_SEARCH, pattern=NO_NUL)] | None = Field(
+        None,
+        description="Jobs whose title or one of whose tags holds this, or whose id begins with it; case does "
+        f"not count. A page looks at {MAX_SEARCHED:,} jobs at most: it may be short, or empty, and still say "
+        "`has_more`.",
+    )
+    batch_id: UUID | None = None
+    chain_id: UUID | None = None
+    scheduled_job_id: UUID | None = None
     scope: Literal["mine", "tenant"] = "tenant"
     cursor: Annotated[str, Field(max_length=100)] | None = None
     limit: Annotated[int, Field(ge=1, le=MAX_PAGE)] = 50
@@ -164,6 +190,10 @@ class JobQuery(BaseModel):
             self.priority,
             self.created_after,
             self.created_before,
+            self.tag,
+            None if self.batch_id is None else str(self.batch_id),
+            None if self.chain_id is None else str(self.chain_id),
+            None if self.scheduled_job_id is None else str(self.scheduled_job_id),
         )
 
 
@@ -180,6 +210,7 @@ async def list_jobs(
         limit=asked.limit,
         cursor=asked.cursor,
         mine=asked.scope == "mine",
+        q=asked.q,
     )
     return page_answer(request, page, following)
 
@@ -193,7 +224,7 @@ _UNCHANGED: dict[int | str, dict[str, Any]] = {304: {"description": "As `If-None
     operation_id="getJob",
     responses={**_UNCHANGED, **problems(404)},
 )
-@access(RateClass.DEFAULT)
+@access(RateClass.POLL)
 async def get_job(
     job_id: UUID,
     caller: CallerDep,
@@ -211,7 +242,7 @@ async def get_job(
     operation_id="getJobStatus",
     responses={**_UNCHANGED, **problems(404)},
 )
-@access(RateClass.DEFAULT)
+@access(RateClass.POLL)
 async def get_job_status(
     job_id: UUID,
     caller: CallerDep,
@@ -232,11 +263,7 @@ async def _read(
     *,
     fields: tuple[str, ...] | None,
 ) -> Response:
-    known = {tag.strip().removeprefix("W/").strip('"') for tag in (if_none_match or "").split(",")}
-
-    def is_known(version: int) -> bool:
-        return str(version) in known or "*" in known
-
+    known = {tag.strip().removeprefix("W/") for tag in (if_none_match or "").split(",")}
     seconds = wait_asked(prefer)
     deadline = time.monotonic() + seconds
     headers = {"Cache-Control": "private, no-cache"}
@@ -246,15 +273,30 @@ async def _read(
     with place, runtime.hub.watch(job_id) as watch:
         while True:
             job, version = await in_thread(runtime.service.get_versioned, job_id, caller)
-            settled = not is_known(version) if if_none_match else job["status"] in FINAL
+            tag = _tag_of(job, version)
+            is_known = not known.isdisjoint((tag, "*"))
+            settled = not is_known if if_none_match else job["status"] in FINAL
             left = deadline - time.monotonic()
             if settled or left <= 0 or runtime.leaving.closing:
                 break
             await watch.changed(left)
-    headers["ETag"] = f'"{version}"'
-    if is_known(version):
+    headers["ETag"] = tag
+    if is_known:
         return Response(status_code=304, headers=headers)
     return as_json(job if fields is None else {name: job[name] for name in fields}, 200, headers)
+
+
+def _tag_of(job: dict[str, Any], version: int) -> str:
+    """The strong entity tag of an answer: the row's version, and what is told of the moment only."""
+    reason = job["status_reason"] if job["status"] == JobStatus.QUEUED else None
+    return f'"{version}"' if reason is None else f'"{version}.{reason}"'
+
+
+def _versions_of(if_match: str) -> Callable[[int], bool]:
+    """Which versions an `If-Match` takes: by strong comparison (RFC 9110 section 13.1.1)."""
+    tags = [tag.strip() for tag in if_match.split(",")]
+    known = {int(found[1]) for tag in tags if (found := _TAG.fullmatch(tag))}
+    return lambda version: tags == ["*"] or version in known
 
 
 async def _wait_for_end(
@@ -263,7 +305,10 @@ async def _wait_for_end(
     deadline = time.monotonic() + seconds
     with runtime.hub.watch(job_id) as watch:
         while True:
-            job = await in_thread(runtime.service.get, job_id, caller)
+            try:
+                job = await in_thread(runtime.service.get, job_id, caller)
+            except JobNotFound:
+                return None  # a request that was sent again, about a job that is deleted
             if job["status"] in FINAL:
                 return job
             left = deadline - time.monotonic()
@@ -282,6 +327,28 @@ async def _wait_for_end(
 async def get_job_result(job_id: UUID, caller: CallerDep, runtime: RuntimeDep) -> Response:
     """What an ended job returned, or why it failed. 409 `not_finished` before."""
     return as_json(await in_thread(runtime.service.result, str(job_id), caller))
+
+
+@router.patch(
+    "/jobs/{job_id}",
+    response_model=JobView,
+    operation_id="changeJob",
+    responses=problems(400, 404, 409, 412, 413, 415),
+)
+@access(RateClass.DEFAULT)
+async def change_job(
+    job_id: UUID,
+    wanted: JobChange,
+    caller: CallerDep,
+    runtime: RuntimeDep,
+    if_match: Annotated[str | None, Header(description="The `ETag` that the job must still have.")] = None,
+) -> Response:
+    """Change a job that waits; 409 for one that runs or has ended, 412 when `If-Match` is not its tag."""
+    expected = (lambda _: True) if if_match is None else _versions_of(if_match)
+    job, version = await in_thread(
+        changes.change, runtime.service, str(job_id), caller, wanted, expected=expected
+    )
+    return as_json(job, 200, {"ETag": _tag_of(job, version), "Cache-Control": "private, no-cache"})
 
 
 @router.delete("/jobs/{job_id}", status_code=204, operation_id="deleteJob", responses=problems(404, 409))
@@ -350,9 +417,14 @@ class RetryRequest(BaseModel):
     operation_id="retryJob",
     responses=problems(400, 404, 409, 413, 415),
 )
-@access(RateClass.QUEUE)
+@access(RateClass.QUEUE, jobs=1)
 async def retry_job(
-    request: Request, job_id: UUID, caller: CallerDep, runtime: RuntimeDep, how: RetryRequest | None = None
+    request: Request,
+    job_id: UUID,
+    caller: CallerDep,
+    runtime: RuntimeDep,
+    how: RetryRequest | None = None,
+    idempotency_key: IdempotencyKey = None,
 ) -> Response:
     """Queue a job again that failed, timed out, expired or was cancelled; 409 for any other.
 
@@ -360,5 +432,8 @@ async def retry_job(
     active job holds its unique key.
     """
     parameters = how.parameters if how else None
-    job = await in_thread(runtime.service.retry, str(job_id), caller, parameters=parameters)
-    return accepted(request, job)
+    key = key_of(request, caller, "retryJob", await request.body(), of=job_id)
+    job = await once(
+        lambda: in_thread(runtime.service.retry, str(job_id), caller, parameters=parameters, key=key)
+    )
+    return replayed(accepted(request, job), job)

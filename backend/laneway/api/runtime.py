@@ -17,8 +17,12 @@ from laneway.api.leaving import Leaving
 from laneway.api.streams import Streams
 from laneway.clock import Clock, SystemClock
 from laneway.db import Database
-from laneway.engine.callers import Caller, Callers
+from laneway.engine.callers import Caller
+from laneway.engine.credentials import Callers
 from laneway.engine.group_commit import GroupCommit
+from laneway.engine.key_watch import KeyWatch
+from laneway.engine.override_watch import OverrideWatch
+from laneway.engine.queries import sign_cursors
 from laneway.engine.registry import Registry, load
 from laneway.engine.service import JobService, Prepared
 from laneway.errors import StorageUnavailable
@@ -26,9 +30,11 @@ from laneway.lanes.live import RedisNews
 from laneway.lanes.rq_lanes import RqLanes
 from laneway.limits.anonymous import AnonymousLimiter
 from laneway.limits.limiter import RateLimiter
+from laneway.limits.rule_book import RuleBook
 from laneway.limits.rules import parse_rules
 from laneway.settings import Settings
 from laneway.webhooks.messages import WAKE_CHANNEL
+from laneway.webhooks.secrets import SecretBox
 
 MAX_WAITING = 1000  # requests that may wait for one of the 40 threads
 _AWAY = (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.InternalError, sa.exc.TimeoutError)
@@ -59,23 +65,39 @@ class Runtime:
         cls, settings: Settings, *, registry: Registry | None = None, leaving: Leaving | None = None
     ) -> AsyncIterator[Runtime]:
         """A runtime from `settings`, stopped in order when the block ends."""
+        sign_cursors(SecretBox.from_settings(settings).derived("cursors").values())
         clock = SystemClock()
-        database = Database(settings.database, statement_seconds=settings.statement_seconds)
+        database = Database(
+            settings.database,
+            statement_seconds=settings.statement_seconds,
+            row_security=settings.row_security,
+        )
         lanes = RqLanes(settings.redis_url, clock=clock, window=settings.lane_window)
         news = RedisNews(settings.redis_url, courier_channel=WAKE_CHANNEL)
         known = registry or load(settings.tasks)
         service = JobService(database, lanes, settings, known, news=news, clock=clock)
-        limiter = RateLimiter(parse_rules(settings.rate_limits), settings.redis_url, clock=clock)
+        rule_book = RuleBook(parse_rules(settings.rate_limits), clock=clock)
+        limiter = RateLimiter(
+            rule_book,
+            settings.ratelimit_redis_url or settings.redis_url,
+            clock=clock,
+            replicas=settings.ratelimit_replicas,
+        )
         new_jobs = GroupCommit(service.create, after=service.ring_new, weigh=lambda p: len(p.row.parameters))
+        override_watch = OverrideWatch(database, rule_book.take, clock=clock)
+        await anyio.to_thread.run_sync(override_watch.start)
+        callers = Callers.from_settings(settings, database, clock)
+        key_watch = KeyWatch(database, callers)
         hub = Hub(settings.redis_url)
         hub.start()
+        key_watch.start()
         try:
             yield cls(
                 settings,
                 clock,
                 database,
                 service,
-                Callers(database, clock),
+                callers,
                 limiter,
                 AnonymousLimiter(clock=clock),
                 new_jobs,
@@ -85,7 +107,9 @@ class Runtime:
             )
         finally:
             await hub.close()
+            await anyio.to_thread.run_sync(key_watch.close)
             await anyio.to_thread.run_sync(new_jobs.close)
+            await anyio.to_thread.run_sync(override_watch.close)
             await limiter.close()
             lanes.close()
             news.close()

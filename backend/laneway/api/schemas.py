@@ -37,7 +37,8 @@ class JobStatusView(BaseModel):
     id: str
     status: JobStatus
     status_reason: str | None = Field(
-        description="Why it waits; `no_capable_worker`: no living worker serves its queue and knows its type."
+        description="Why it waits; `queue_paused`: until somebody resumes its queue; `no_capable_worker`: no "
+        "living worker serves its queue and knows its type."
     )
     cancelling: bool = Field(description="It runs, and was asked to stop.")
     progress: Annotated[int, Field(ge=0, le=100)]
@@ -79,6 +80,12 @@ class JobView(JobStatusView):
     error: ErrorView | None
     worker: str | None
     dead_letter_reason: str | None
+    scheduled_job_id: str | None = Field(description="The schedule that it is a run of.")
+    depends_on: list[str]
+    on_dependency_failure: str
+    batch_id: str | None
+    chain_id: str | None
+    chain_step: int | None
     cancelled_at: datetime | None
     cancelled_by: str | None
     webhook_url: str | None

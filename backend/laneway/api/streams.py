@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from laneway.engine.callers import Caller
-from laneway.errors import RateLimited
+from laneway.errors import ConcurrentRequests
 
 
 class Streams:
@@ -18,11 +18,11 @@ class Streams:
 
     @contextmanager
     def open(self, caller: Caller) -> Iterator[None]:
-        """Hold one place. Raises RateLimited when the caller holds `limit` already."""
+        """Hold one place. Raises ConcurrentRequests when the caller holds `limit` already."""
         who = (caller.tenant_id, caller.subject)
         held = self._held.get(who, 0)
         if held >= self._limit:
-            raise RateLimited(
+            raise ConcurrentRequests(
                 f"this caller holds {held} streams and long waits open already",
                 retry_after_seconds=5,
                 violated_policies=["concurrent-streams"],

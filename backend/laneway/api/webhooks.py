@@ -12,9 +12,11 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
 from laneway.api.gate import GatedRoute, access
+from laneway.api.idempotency import IdempotencyKey, key_of, once, replayed
 from laneway.api.jobs import as_json, link_to
 from laneway.api.runtime import CallerDep, Runtime, RuntimeDep, in_thread
 from laneway.api.schemas import problems
+from laneway.engine import idempotency
 from laneway.engine.callers import Role, rotate_webhook_secret, webhook_secret
 from laneway.engine.queries import stamp
 from laneway.limits.rules import RateClass
@@ -262,20 +264,34 @@ async def rotate_endpoint_secret(
     status_code=202,
     response_model=TestSent,
     operation_id="testWebhookEndpoint",
-    responses=problems(404, 409),
+    responses=problems(400, 404, 409, 413, 415),
 )
 @access(RateClass.DEFAULT, Role.OPERATOR)
 async def test_endpoint(
-    endpoint_id: UUID, request: Request, caller: CallerDep, runtime: RuntimeDep
+    endpoint_id: UUID,
+    request: Request,
+    caller: CallerDep,
+    runtime: RuntimeDep,
+    idempotency_key: IdempotencyKey = None,  # noqa: PT028 - no test
 ) -> Response:
     """Send an `endpoint.test` event, once. How it went: `GET /webhooks/deliveries/{delivery_id}`."""
     now = runtime.clock.now()
-    delivery_id = await _call(
-        runtime, lambda them: them.test(caller.tenant_id, str(endpoint_id), by=caller.subject, now=now)
-    )
+    key = key_of(request, caller, "testWebhookEndpoint", await request.body(), of=endpoint_id)
+
+    def send(them: Endpoints) -> dict[str, Any]:
+        with runtime.database.write() as connection:
+            if (first := idempotency.begin(connection, key, now=now)) is not None:
+                return first
+            delivery_id = them.test_within(
+                connection, caller.tenant_id, str(endpoint_id), by=caller.subject, now=now
+            )
+            idempotency.keep(connection, key, {"delivery_id": delivery_id})
+        return {"delivery_id": delivery_id}
+
+    sent = await once(lambda: _call(runtime, send))
     await in_thread(runtime.service.news.ring_courier)
-    where = link_to(request, f"/api/v1/webhooks/deliveries/{delivery_id}")
-    return as_json({"delivery_id": delivery_id}, 202, {"Location": where, "Retry-After": "1"})
+    where = link_to(request, f"/api/v1/webhooks/deliveries/{sent['delivery_id']}")
+    return replayed(as_json(sent, 202, {"Location": where, "Retry-After": "1"}), sent)
 
 
 async def _call(runtime: Runtime, ask: Callable[[Endpoints], T]) -> T:

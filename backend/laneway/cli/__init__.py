@@ -33,7 +33,20 @@ def build() -> typer.Typer:
     """All commands."""
     import typer
 
-    from laneway.cli import demo, dev, dlq, docs, doctor, jobs, processes, store, webhooks
+    from laneway.cli import (
+        demo,
+        dev,
+        dlq,
+        docs,
+        doctor,
+        jobs,
+        keys,
+        processes,
+        schedules,
+        store,
+        tenants,
+        webhooks,
+    )
 
     app = typer.Typer(
         help="Background jobs over HTTP, in priority lanes, with signed webhooks.",
@@ -47,11 +60,17 @@ def build() -> typer.Typer:
     for command in (jobs.enqueue, jobs.get, jobs.watch, jobs.cancel, jobs.retry, jobs.types, jobs.stats):
         app.command(rich_help_panel="Jobs, over HTTP")(command)
     app.add_typer(dlq.dlq, name="dlq", rich_help_panel="Jobs, over HTTP")
+    app.add_typer(schedules.schedules, name="schedules", rich_help_panel="Jobs, over HTTP")
     for process in (processes.api, processes.worker, processes.scheduler, processes.courier):
         app.command(rich_help_panel="Processes")(process)
     app.command("doctor", rich_help_panel="Operate")(doctor.doctor)
     app.command("migrate", hidden=True)(store.upgrade)  # what docker-compose.yml runs
     app.command("docs", hidden=True)(docs.docs)  # what `make docs` runs
-    for name, group in (("db", store.db), ("keys", store.keys), ("webhooks", webhooks.webhooks)):
+    for name, group in (
+        ("db", store.db),
+        ("keys", keys.keys),
+        ("tenants", tenants.tenants),
+        ("webhooks", webhooks.webhooks),
+    ):
         app.add_typer(group, name=name, rich_help_panel="Operate")
     return app

@@ -11,6 +11,7 @@ import typer
 
 from laneway.cli.environment import read_settings
 from laneway.cli.exits import ExitCode
+from laneway.errors import Unprocessable
 
 if TYPE_CHECKING:
     from laneway.cli.stack import Stack
@@ -39,9 +40,15 @@ def dev(
     LANEWAY_DATABASE_URL and LANEWAY_REDIS_URL, when set, are used instead of the embedded stores.
     """
     from laneway.cli import stack
+    from laneway.settings import is_loopback
 
     environ = stack.LOOPBACK_WEBHOOKS | os.environ
     settings = read_settings(port=port, data_dir=data_dir)
+    if not is_loopback(settings.host):
+        raise Unprocessable(
+            f"laneway dev serves this machine only, and LANEWAY_HOST is {settings.host}; for others run "
+            "`laneway api`, `laneway worker` and `laneway scheduler`"
+        )
     try:
         with stack.running(settings, environ, children=workers, redis_port=redis_port) as running:
             _say(running, opened=[n for n in stack.LOOPBACK_WEBHOOKS if n not in os.environ])

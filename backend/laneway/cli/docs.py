@@ -10,6 +10,7 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Iterable
+from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -184,7 +185,7 @@ def _member_comments(kind: type) -> dict[str, str]:
 
 def _events() -> Iterable[str]:
     from laneway.api.event_payloads import PAYLOADS, example
-    from laneway.domain.events import CATALOGUE, DEFAULT_WEBHOOK_EVENTS, PLANNED, EventType
+    from laneway.domain.events import CATALOGUE, DEFAULT_WEBHOOK_EVENTS, EventType
     from laneway.domain.states import JobStatus
     from laneway.webhooks.messages import MAX_PAYLOAD_BYTES, PROGRESS_TTL
 
@@ -202,7 +203,6 @@ def _events() -> Iterable[str]:
         ("event", "sent when", "`data`"),
         ((code(event), text, payloads[event]) for event, text in CATALOGUE.items() if event in payloads),
     )
-    yield f"Endpoints may already subscribe to what is not sent yet: {codes(sorted(PLANNED))}."
     yield (
         "Progress is told once a second a job at most, and no more once it was overtaken: by newer progress, "
         f"by the job's end, or by {PROGRESS_TTL.seconds} seconds."
@@ -267,6 +267,7 @@ _LIMITS: tuple[tuple[str, str, str], ...] = (
     ("domain.retry", "CRASH_DELAY_SECONDS", "seconds until a job whose process died runs again; doubles"),
     ("domain.retry", "CRASH_MAX_DELAY_SECONDS", "longest of those waits, in seconds"),
     ("engine.service", "MAX_METADATA_BYTES", "bytes of a job's `metadata` as JSON"),
+    ("engine.registry", "MAX_KEY", "characters of a unique key that a job type makes of parameters"),
     ("engine.context", "MAX_MESSAGE", "characters kept of a progress message"),
     ("engine.context", "MAX_DETAILS_BYTES", "bytes of progress details as JSON"),
     ("engine.endings", "MAX_ERROR_MESSAGE", "characters kept of an error's message"),
@@ -274,18 +275,69 @@ _LIMITS: tuple[tuple[str, str, str], ...] = (
     ("engine.dead_letters", "MAX_BULK", "dead letters retried or deleted by one call"),
     ("engine.dead_letters", "MAX_SAMPLE", "ids of them in its answer"),
     ("api.dead_letters", "MAX_RATE", "largest `rate` of such a call, in jobs a second"),
+    ("engine.schedules", "MAX_SCHEDULES", "schedules of a tenant"),
+    ("engine.schedules", "MAX_JITTER_SECONDS", "largest `jitter_seconds` of a schedule"),
+    ("engine.schedules", "MAX_PREVIEWED", "times shown by one preview"),
+    ("domain.cadence", "MAX_EXPRESSION", "characters of a cron expression"),
+    ("engine.slot_plan", "MISFIRE_GRACE_SECONDS", "seconds by which a slot may be late before it was missed"),
+    ("engine.slot_plan", "MAX_CATCH_UP", "missed slots that `misfire: fire_all` still runs, the newest"),
+    ("engine.slot_plan", "MAX_ACTIVE_RUNS", "runs of one schedule that may be active at once"),
+    ("engine.slot_plan", "MAX_SLOTS_AT_ONCE", "slots of one schedule decided in one transaction"),
+    ("engine.schedule_ends", "FAILING_AFTER", "failures in a row that make a schedule a failing one"),
+    ("domain.spec", "MAX_DEPENDENCIES", "jobs that one job may depend on"),
+    ("domain.flow", "MAX_STEPS", "steps of a chain"),
+    ("engine.chains", "MAX_RESULTS_BYTES", "bytes of the steps' results in one answer about a chain"),
+    ("engine.chain_runs", "MAX_ERROR_MESSAGE", "characters kept of a chain's `error_message`"),
+    ("engine.batches", "MAX_JOBS", "jobs of a batch"),
+    ("engine.batches", "MAX_TOLD", "errors told of a batch that is refused"),
+    ("api.batch_body", "MAX_JOB_CHARACTERS", "characters of JSON of one job of a batch"),
+    ("engine.dependencies", "MAX_RELEASED", "dependencies counted in the transaction of an end"),
+    ("engine.flow", "MAX_ROUNDS", "levels of dependants followed in that transaction"),
     ("engine.cancels", "MAX_CANCELLED", "jobs cancelled by one `POST /api/v1/jobs/cancel`"),
     ("api.cancels", "MAX_IDS", "ids in the filter of such a call"),
     ("engine.workers", "MAX_HELD_SHOWN", "ids of held jobs shown of each worker"),
     ("engine.queries", "MAX_COUNTED", "rows a count goes up to in `GET /api/v1/queues/stats`"),
-    ("engine.callers", "CACHE_SECONDS", "seconds an API process goes on with a key it has seen"),
+    ("engine.credentials", "CACHE_SECONDS", "seconds an API process remembers a key; it hears of changes"),
+    ("engine.keys", "MAX_KEYS", "API keys of a tenant that are not revoked"),
+    ("engine.keys", "MAX_CIDRS", "networks in a key's `allowed_cidrs`"),
+    ("engine.keys", "MAX_OVERLAP_SECONDS", "longest `overlap_seconds` of a key's rotation"),
+    ("engine.tokens", "MAX_TOKEN_SECONDS", "longest `expires_in_seconds` of a browser token"),
+    ("engine.tokens", "MAX_TOKEN_CHARACTERS", "characters of a browser token that is sent"),
+    ("engine.jwt", "MAX_JWT_CHARACTERS", "characters of a JWT"),
+    ("engine.jwt", "MAX_JWT_HOURS", "hours between a JWT's `iat` and `exp`"),
+    ("engine.jwt", "MAX_NAME_CHARACTERS", "characters of a tenant in a JWT, and of a subject made of one"),
+    ("engine.jwt_issuers", "MAX_ISSUERS", "issuers of JWTs"),
+    ("engine.key_sets", "MAX_SET_BYTES", "bytes of an issuer's JWKS"),
+    ("engine.key_sets", "MAX_KEYS_OF_A_SET", "keys in it"),
+    ("engine.audit", "MAX_TARGET_CHARACTERS", "characters kept of an audit entry's `target`"),
+    ("engine.audit", "MAX_FACTS_BYTES", "bytes of an audit entry's `facts` as JSON"),
+    ("api.body_gate", "MAX_BODY_DEPTH", "levels of nesting in a request's body"),
+    ("api.edge", "MAX_HEAD_BYTES", "bytes of a request's path, query and headers"),
+    ("api.connections", "HEAD_SECONDS", "seconds for them to come"),
+    ("api.edge", "BODY_SECONDS", "seconds for its body to come, and one more for each of the next bytes"),
+    ("api.edge", "BODY_BYTES_PER_SECOND", "bytes of a body that buy it another second"),
     ("api.runtime", "MAX_WAITING", "requests that wait for a thread of one API process"),
     ("api.jobs", "LONGEST_WAIT_SECONDS", "longest `Prefer: wait`, in seconds"),
     ("api.jobs", "MAX_PAGE", "jobs of one page"),
+    ("api.jobs", "MAX_SEARCH", "characters of `q` in `GET /api/v1/jobs`"),
+    ("engine.queries", "MAX_SEARCHED", "newest jobs that a page with `q` looks at"),
+    ("engine.idempotency", "MAX_KEY_CHARACTERS", "characters of an `Idempotency-Key`"),
+    ("api.idempotency", "IN_PROGRESS_SECONDS", "seconds that a request waits for another with its key"),
+    ("engine.happenings", "MAX_REPLAYED", "events of the last hour told to a stream that comes back"),
+    ("api.hub", "MAX_STEPS", "jobs whose progress waits to be told in a stream of all jobs"),
     ("api.events", "STREAM_SECONDS", "seconds until an event stream is closed; clients reconnect"),
+    ("engine.queues", "MAX_PAUSED_QUEUES", "queues that may be paused at once"),
+    ("engine.queues", "MAX_QUEUES_SHOWN", "queues of one answer, by name"),
+    ("engine.queues", "MAX_RECENT", "newest ended jobs of a status that a queue's waits are told from"),
+    ("engine.statistics", "MAX_SAMPLED", "newest ended jobs of a status that statistics are told from"),
+    ("api.admin", "MAX_WINDOW_DAYS", "days of the longest window of statistics"),
+    ("engine.administration", "MAX_CLEANED_UP", "jobs deleted by one `POST /api/v1/admin/cleanup`"),
+    ("api.compat", "MAX_PAGE_NUMBER", "largest `page` of a list that is asked for by page number"),
     ("limits.rules", "MAX_QUOTA", "largest quota of a rate limit"),
     ("limits.rules", "MAX_WINDOW_SECONDS", "longest window of a rate limit, in seconds"),
-    ("limits.rules", "MAX_WINDOWS", "windows of one rate class"),
+    ("limits.rules", "MAX_WINDOWS", "windows of one policy"),
+    ("engine.overrides", "MAX_OVERRIDES", "rate limits that were set for one tenant and its callers"),
+    ("engine.overrides", "MAX_SUBJECT", "characters of the caller such a limit is set for"),
     ("webhooks.guard", "MAX_URL_CHARACTERS", "characters of a webhook URL"),
     ("webhooks.guard", "MAX_HOST_CHARACTERS", "characters of its host"),
     ("webhooks.messages", "MAX_PAYLOAD_BYTES", "bytes of a webhook's body; past it the result is left out"),
@@ -316,7 +368,7 @@ _LIMITS: tuple[tuple[str, str, str], ...] = (
 
 
 def _limits() -> Iterable[str]:
-    from laneway.limits.anonymous import ANONYMOUS
+    from laneway.limits.anonymous import ANONYMOUS, FAILED_LOGINS
     from laneway.limits.rules import parse_rules
     from laneway.settings import Settings
 
@@ -342,16 +394,18 @@ def _limits() -> Iterable[str]:
         "its length, counted per caller; `LANEWAY_RATE_LIMITS` changes it. These are the defaults:"
     )
     rules = parse_rules(Settings.model_fields["rate_limits"].default)
-    named = [(rate_class, rule) for rate_class, each in rules.items() for rule in each]
     rows = [
-        (code(rate_class), str(rule.quota), f"{rule.window_seconds} s", str(rule.partition))
-        for rate_class, rule in named
+        (code(rule.name), str(rule.quota), f"{rule.window_seconds} s", str(rule.partition))
+        for each in rules.values()
+        for rule in each
     ]
+    rows += [(code(name), "those of `default`", "", "") for name in ("poll", "stream")]
     rows.append((code("free"), "no limit", "", ""))
     yield table(("class", "requests", "window", "counted per"), rows)
     yield (
         f"Requests without a valid key: {ANONYMOUS.quota} in any {ANONYMOUS.window_seconds} s from one "
-        "address (of IPv6, one /64), counted in each API process."
+        f"address (of IPv6, one /64), counted in each API process; {FAILED_LOGINS.quota} of them with a key "
+        "that is none."
     )
 
 
@@ -451,12 +505,26 @@ def _python_name(name: str, value: Any) -> Iterable[str]:
         yield _signature(name, value.__init__)
     yield docstring(value)
     for attribute, member in vars(value).items():
-        if attribute.startswith("_") or not (function := getattr(member, "fget", member)).__doc__:
+        function = _documented(name, member)
+        if attribute.startswith("_") or function is None or not function.__doc__:
             continue
         yield f"### {name}.{attribute}"
-        if function is member:
+        if not isinstance(member, property | cached_property):
             yield _signature(f"{name}.{attribute}", function)
         yield docstring(function)
+
+
+def _documented(name: str, member: Any) -> Callable[..., Any] | None:
+    """The function behind a member of a class; None for what is none, and for what another class shows."""
+    match member:
+        case property():
+            return member.fget
+        case cached_property():
+            return member.func
+    if name.startswith("Async"):
+        return member if inspect.iscoroutinefunction(member) else None
+    found = getattr(member, "_build", member)  # a call of the client: what it is built by
+    return found if inspect.isfunction(found) else None
 
 
 def _signature(name: str, function: Callable[..., Any]) -> str:
@@ -467,7 +535,9 @@ def _signature(name: str, function: Callable[..., Any]) -> str:
             shown.append("*")
         if each.name != "self":
             shown.append(_parameter(each))
-    arrow = f" -> {signature.return_annotation}" if function.__name__ != "__init__" else ""
+    answer = re.sub(r"^Call\[(.*)\]$", r"\1", str(signature.return_annotation))
+    answer = re.sub(r"^Listing\[(.*)\]$", r"Iterator[\1]", answer)
+    arrow = f" -> {answer}" if function.__name__ != "__init__" else ""
     text = f"{name}({', '.join(shown)}){arrow}"
     if len(text) > SIGNATURE_WIDTH:
         text = f"{name}(\n    " + ",\n    ".join(shown) + f",\n){arrow}"

@@ -58,14 +58,19 @@ def http() -> Iterable[str]:
         "`Authorization: Bearer <key>` or `X-API-Key: <key>`."
     )
     yield (
-        f"Roles are {codes(Role)}; each may do what those before it may. What belongs to another tenant is "
-        "a 404."
+        f"Roles are {codes(Role)}; each may do what those before it may. A key or token may also have fewer "
+        "scopes than its role; a missing one is a 403 that names it. What belongs to another tenant is a 404."
     )
     yield (
         "Every answer has `X-Request-Id`, taken over from the request when it is 1 to 64 letters, digits, "
         "`.`, `_` and `-`. Limited ones have `RateLimit-Policy`, `RateLimit` and `X-RateLimit-*`; the rate "
         "classes are in [Limits](limits.md#requests). What goes wrong is answered as a "
         "[problem](errors.md)."
+    )
+    yield (
+        "`HEAD` is `GET` without the body; a method that a path does not take is 405, with those it takes in "
+        "`Allow`. A path, query and headers that are too large together are 431. A `traceparent` (W3C Trace "
+        "Context) of `POST /api/v1/jobs` goes into the job's `metadata`, unless that has one."
     )
     yield table(
         ("operation", "what it does"),
@@ -99,10 +104,18 @@ def _access(app: FastAPI) -> dict[str, Access]:
 
 
 def _operation(name: str, operation: dict[str, Any], access: Access) -> Iterable[str]:
+    from laneway.api.authentication import scope_of
+
     yield f"### {operation['operationId']}"
     yield code(name)
     yield inspect.cleandoc(operation["description"])
-    yield f"Rate class `{access.rate}`" + (f", role `{access.role}`." if access.role else "; needs no key.")
+    method, _, path = name.partition(" ")
+    scope = scope_of(path, method) if access.role else None
+    yield (
+        f"Rate class `{access.rate}`"
+        + (f", role `{access.role}`" if access.role else "; needs no key")
+        + (f", scope `{scope}`." if scope else ".")
+    )
     if parameters := operation.get("parameters"):
         yield table(
             ("parameter", "in", "type", "meaning"),
@@ -138,7 +151,8 @@ def _is_problem(answer: dict[str, Any]) -> bool:
 
 def _content(answer: dict[str, Any]) -> str:
     return " or ".join(
-        _type(content["schema"]) + ("" if media_type == "application/json" else f" as `{media_type}`")
+        (f"{_type(content['schema'])}" if "schema" in content else "events")
+        + ("" if media_type == "application/json" else f" as `{media_type}`")
         for media_type, content in answer.get("content", {}).items()
     )
 

@@ -76,6 +76,7 @@ def examine(settings: Settings, *, clock: Clock) -> Iterator[Check]:
     from laneway.db import Database
 
     yield from _variables()
+    yield from _production(settings)
     job_types = yield from _job_types(settings)
     try:
         need_migrated(settings)
@@ -103,6 +104,22 @@ def _variables() -> Iterator[Check]:
         yield Check("settings", False, f"{name} sets nothing", remedy)
     if not unknown:
         yield Check("settings", True, "every LANEWAY_ variable is known")
+
+
+def _production(settings: Settings) -> Iterator[Check]:
+    """What production refuses; on a developer's machine only what would have to be done first."""
+    from laneway.engine.production import troubles
+
+    found = list(troubles(settings))
+    if settings.environment != "production":
+        missing = ", ".join(dict.fromkeys(each.setting for each in found))
+        detail = "development" + (f"; production would want {missing}" if missing else "")
+        yield Check("production", True, detail)
+        return
+    for each in found:
+        yield Check("production", False, f"{each.setting}: {each.detail}", each.remedy)
+    if not found:
+        yield Check("production", True, "fit for production")
 
 
 def _job_types(settings: Settings) -> Generator[Check, None, Collection[str] | None]:
@@ -157,11 +174,14 @@ def _clock(whose: str, ahead: float) -> Check:
 def _workers(database: Database, settings: Settings) -> Iterator[Check]:
     """Per queue, how many workers drain it; a queue where jobs wait and nobody listens is trouble."""
     from laneway.domain.spec import DEFAULT_QUEUE, queue_of
+    from laneway.engine.pauses import open_lanes, paused_queues
     from laneway.engine.queries import lanes_with_work, living_workers
 
     with database.read() as connection:
         workers = living_workers(connection, within_seconds=settings.lease_seconds)
-        waiting = {queue_of(lane) for lane in lanes_with_work(connection)}
+        waiting = {
+            queue_of(lane) for lane in open_lanes(lanes_with_work(connection), paused_queues(connection))
+        }
     drained = [{queue_of(lane) for lane in each["lanes"]} for each in workers if each["state"] == "active"]
     for queue in sorted({DEFAULT_QUEUE} | waiting | set().union(*drained)):
         alive = sum(queue in each for each in drained)

@@ -32,15 +32,23 @@ def read_settings(**overrides: Any) -> Settings:
         raise Unprocessable("; ".join(f"{name}: {why}" for name, why in found)) from None
 
 
-def start_process(settings: Settings) -> None:
+def start_process(settings: Settings, *, api: bool = False) -> None:
     """Send the logs of a long-running process where the settings say; warn of variables that set nothing.
 
-    Raises Unprocessable for a file of notifications that cannot be used.
+    Raises NotForProduction for what production must not have, Unprocessable for a file of notifications, or
+    for an API's issuers of JWTs, that cannot be used.
     """
     from laneway import log
+    from laneway.engine.production import need_fit_for_production
     from laneway.notify import rules
     from laneway.settings import unknown_variables
 
+    need_fit_for_production(settings, api=api)
+    if api:
+        from laneway.clock import SystemClock
+        from laneway.engine.jwt_issuers import issuers_of
+
+        issuers_of(settings, SystemClock())
     json_lines = None if settings.log_format == "auto" else settings.log_format == "json"
     log.configure(json_lines=json_lines, level=settings.log_level)
     for name, nearest in unknown_variables(os.environ):

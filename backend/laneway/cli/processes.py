@@ -56,12 +56,13 @@ def api(
     import uvicorn
 
     from laneway.api.app import create_app
+    from laneway.api.connections import Connection
     from laneway.api.leaving import Leaving, Server
     from laneway.engine.callers import ensure_admin_key
     from laneway.log import get_logger
 
     settings = read_settings(host=host, port=port)
-    start_process(settings)
+    start_process(settings, api=True)
     log = get_logger("api")
     with migrated_store(settings) as database:
         key_file = ensure_admin_key(database, secret_box(settings), settings.data_dir)
@@ -70,7 +71,7 @@ def api(
         config = uvicorn.Config(
             create_app(settings, leaving=leaving),
             loop="uvloop",
-            http="httptools",
+            http=Connection.of(max_connections=settings.max_connections),
             ws="none",
             lifespan="on",
             log_config=None,
@@ -132,23 +133,38 @@ def _queue_names(text: str) -> tuple[str, ...]:
 
 
 def scheduler() -> None:
-    """Run what falls due: delayed jobs, retries, jobs of dead workers. Any number may run."""
+    """Run what falls due: schedules, delayed jobs, retries, jobs of dead workers. Any number may run."""
     settings = read_settings()
     start_process(settings)
     need_migrated(settings)
 
     from laneway.clock import SystemClock
     from laneway.db import Database
+    from laneway.engine.registry import load
+    from laneway.engine.service import JobService
+    from laneway.lanes.live import RedisNews
     from laneway.lanes.rq_lanes import RqLanes
+    from laneway.log import get_logger
     from laneway.scheduler.ticker import Ticker
+    from laneway.sdk.declared import Declared
+    from laneway.webhooks.messages import WAKE_CHANNEL
 
     clock = SystemClock()
     with ExitStack() as cleanup, StopSignals() as stop:
-        database = Database(settings.database, pool_size=2, statement_seconds=settings.statement_seconds)
+        # One a thread, and two to count what waits.
+        database = Database(settings.database, pool_size=4, statement_seconds=settings.statement_seconds)
         cleanup.callback(database.dispose)
         lanes = RqLanes(settings.redis_url, clock=clock, window=settings.lane_window)
         cleanup.callback(lanes.close)
-        Ticker(database, lanes, settings, clock=clock).run(stop.event)
+        news = RedisNews(settings.redis_url, courier_channel=WAKE_CHANNEL)
+        cleanup.callback(news.close)
+        declared = None
+        try:
+            service = JobService(database, lanes, settings, load(settings.tasks), news=news, clock=clock)
+            declared = Declared(service)
+        except Exception as error:  # a module that is broken here must not keep retries waiting
+            get_logger("scheduler").exception("tasks_not_loaded", error=type(error).__name__)
+        Ticker(database, lanes, settings, clock=clock, news=news, declared=declared).run(stop.event)
 
 
 def courier() -> None:

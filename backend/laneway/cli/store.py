@@ -1,11 +1,10 @@
-"""The commands that work on the store itself: schema, API keys."""
+"""The commands that work on the store itself."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
 STORES = ("sqlite", "postgresql")
 
 db = typer.Typer(help="The schema of the store.", no_args_is_help=True)
-keys = typer.Typer(help="API keys.", no_args_is_help=True)
 
 
 class NotMigrated(Conflict):
@@ -65,6 +63,24 @@ def need_migrated(settings: Settings) -> None:
         raise NotMigrated(
             f"the database is at {seen}, and this version needs {migrate.head()}; run `laneway db upgrade`"
         )
+    if settings.row_security:
+        _need_row_security(settings)
+
+
+def _need_row_security(settings: Settings) -> None:
+    from laneway.db import Database
+    from laneway.engine import row_security
+
+    database = Database(settings.database, pool_size=1)
+    try:
+        with reaching_store(settings):
+            lacking = row_security.unprepared(database)
+    finally:
+        database.dispose()
+    if lacking:
+        raise NotMigrated(
+            f"LANEWAY_ROW_SECURITY is on, and {', '.join(lacking)} have no policy; run `laneway db upgrade`"
+        )
 
 
 @contextmanager
@@ -103,8 +119,21 @@ def upgrade() -> None:
             print(f"the database is at {before}, which is newer than this version: nothing to do")
             return
         migrate.upgrade(settings.database)
+        if settings.row_security:
+            _prepare_row_security(settings)
     after = migrate.head()
     print(f"the database is at {after}" + (" already" if before == after else ""))
+
+
+def _prepare_row_security(settings: Settings) -> None:
+    from laneway.db import Database
+    from laneway.engine import row_security
+
+    database = Database(settings.database, pool_size=1)
+    try:
+        row_security.prepare(database)
+    finally:
+        database.dispose()
 
 
 @db.command()
@@ -160,23 +189,3 @@ def prune(
         f"{'would delete' if dry_run else 'deleted'} {jobs} jobs, {webhooks} webhooks of jobs that are kept, "
         f"{workers} workers"
     )
-
-
-@keys.command()
-def create(
-    tenant: Annotated[str, typer.Option(help="Its name; made when it is new.")],
-    role: Annotated[
-        Literal["user", "operator", "admin"],
-        typer.Option(help="A user sees its own jobs, an operator or an admin its tenant's."),
-    ],
-    subject: Annotated[str | None, typer.Option(help="Whose key it is; default: the key's own id.")] = None,
-) -> None:
-    """Make an API key and print it, this once: only its hash is kept."""
-    from laneway.engine.callers import Role, create_key, ensure_tenant
-
-    settings = read_settings()
-    with migrated_store(settings) as database:
-        tenant_id = ensure_tenant(database, secret_box(settings), tenant)
-        key = create_key(database, tenant_id=tenant_id, role=Role(role), subject=subject)
-    print(f"{role} key of tenant {tenant}; it is not shown again:", file=sys.stderr)
-    print(key)

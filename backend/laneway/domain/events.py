@@ -69,9 +69,9 @@ CATALOGUE: dict[str, str] = {
     EventType.JOB_PROGRESS: "A running job got further; told once a second at most.",
     SystemEvent.BATCH_COMPLETED: "Every job of a batch ended.",
     SystemEvent.CHAIN_COMPLETED: "Every step of a chain's run completed.",
-    SystemEvent.CHAIN_FAILED: "A chain's run ended with a step that did not complete.",
-    SystemEvent.SCHEDULE_MISSED: "A schedule's run was not started, for the stated reason.",
-    SystemEvent.SCHEDULE_FAILING: "A schedule's runs keep failing.",
+    SystemEvent.CHAIN_FAILED: "A chain's run ended otherwise: `failed`, `timeout` or `cancelled`.",
+    SystemEvent.SCHEDULE_MISSED: "Slots of a schedule did not run, for the stated reason.",
+    SystemEvent.SCHEDULE_FAILING: "Three runs of a schedule failed in a row. Told again once one succeeded.",
     SystemEvent.JOB_TYPE_FAILING: "Too many of a job type's jobs failed, by the operator's failure rates.",
     SystemEvent.JOB_TYPE_RECOVERED: "A job type that was failing fails no more than it may.",
     SystemEvent.ENDPOINT_FAILING: "An endpoint has been failing for 50, 70 or 90 % of what disables it.",
@@ -80,17 +80,6 @@ CATALOGUE: dict[str, str] = {
     SystemEvent.ENDPOINT_TEST: "Somebody asked for a test event.",
 }
 """Every event and when it is sent: the reference page and OpenAPI's `webhooks` come from here."""
-
-PLANNED: frozenset[SystemEvent] = frozenset(
-    {
-        SystemEvent.BATCH_COMPLETED,
-        SystemEvent.CHAIN_COMPLETED,
-        SystemEvent.CHAIN_FAILED,
-        SystemEvent.SCHEDULE_MISSED,
-        SystemEvent.SCHEDULE_FAILING,
-    }
-)
-"""Names that endpoints may subscribe to ahead of time: nothing sends these events yet."""
 
 _GLOB = re.compile(r"[a-z_]+\.\*|\*")
 

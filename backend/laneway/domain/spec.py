@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Annotated, Any, Literal, Self
+from uuid import UUID
 
 from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -14,6 +15,7 @@ QUEUE_PATTERN = r"^[a-z][a-z0-9_]{0,49}$"
 JOB_TYPE_PATTERN = r"^[a-z][a-z0-9_]*(\.[a-z0-9_]+)*$"
 DEFAULT_QUEUE = "default"
 MAX_TAGS = 20
+MAX_DEPENDENCIES = 100
 MAX_SECONDS = 366 * 24 * 3600
 
 
@@ -29,7 +31,8 @@ class Priority(StrEnum):
 _BY_NUMBER = {10: Priority.CRITICAL, 8: Priority.HIGH, 5: Priority.NORMAL, 0: Priority.LOW}
 
 
-def _priority(value: object) -> object:
+def priority_of(value: object) -> object:
+    """The priority that an integer stands for; anything else as it is."""
     return _BY_NUMBER.get(value, value) if type(value) is int else value
 
 
@@ -54,13 +57,15 @@ def queue_of(lane: str) -> str:
 _RESERVED = {lane_of(DEFAULT_QUEUE, priority) for priority in Priority}
 
 
-def _queue(value: str) -> str:
+def queue_name(value: str) -> str:
+    """The name, unless it is a lane's: then ValueError."""
     if value in _RESERVED:
         raise ValueError(f"{value!r} is a lane of the default queue; ask for queue 'default' and a priority")
     return value
 
 
 Text = Annotated[str, Field(max_length=200)]
+Tags = Annotated[tuple[Annotated[str, Field(min_length=1, max_length=100)], ...], Field(max_length=MAX_TAGS)]
 Seconds = Annotated[float, Field(ge=0, le=MAX_SECONDS, allow_inf_nan=False)]
 
 
@@ -74,15 +79,13 @@ class JobSpec(BaseModel):
         default_factory=dict, description="At most 256 KiB of JSON, 32 levels deep."
     )
     queue: Annotated[str, Field(pattern=QUEUE_PATTERN)] = DEFAULT_QUEUE
-    priority: Annotated[Priority, BeforeValidator(_priority)] = Field(
+    priority: Annotated[Priority, BeforeValidator(priority_of)] = Field(
         Priority.NORMAL,
         description="The integers 10, 8, 5 and 0 are taken for critical, high, normal and low.",
     )
     title: Text | None = None
     description: Annotated[str, Field(max_length=2000)] | None = None
-    tags: Annotated[
-        tuple[Annotated[str, Field(min_length=1, max_length=100)], ...], Field(max_length=MAX_TAGS)
-    ] = ()
+    tags: Tags = ()
     metadata: dict[str, Any] = Field(
         default_factory=dict, description="The caller's own; at most 16 KiB of JSON."
     )
@@ -95,6 +98,12 @@ class JobSpec(BaseModel):
     retry_backoff: Annotated[float, Field(ge=1, le=10, allow_inf_nan=False)] = 2.0
     retry_max_delay_seconds: Seconds = 1800.0
     retry_jitter: bool = True
+    depends_on: Annotated[tuple[UUID, ...], Field(max_length=MAX_DEPENDENCIES)] = Field(
+        (), description="Jobs that must have completed before this one may start."
+    )
+    on_dependency_failure: Literal["cancel", "run"] = Field(
+        "cancel", description="What becomes of the job when one of these ends in another way."
+    )
     unique_key: Annotated[str, Field(min_length=1, max_length=200)] | None = Field(
         None, description="At most one active job of the tenant holds this key."
     )
@@ -106,12 +115,19 @@ class JobSpec(BaseModel):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        _queue(self.queue)
+        queue_name(self.queue)
         if self.scheduled_for is not None and self.delay_seconds is not None:
             raise ValueError("give scheduled_for or delay_seconds, not both")
+        if self.depends_on and (self.scheduled_for is not None or self.delay_seconds is not None):
+            raise ValueError("give depends_on or a time to start at, not both")
         if self.webhook_events is not None and self.webhook_url is None:
             raise ValueError("webhook_events needs a webhook_url")
         return self
+
+    @property
+    def parents(self) -> tuple[str, ...]:
+        """`depends_on`, each job once."""
+        return tuple(dict.fromkeys(map(str, self.depends_on)))
 
     @property
     def lane(self) -> str:
@@ -122,3 +138,31 @@ class JobSpec(BaseModel):
         if self.delay_seconds:
             return now + timedelta(seconds=self.delay_seconds)
         return self.scheduled_for if self.scheduled_for is not None and self.scheduled_for > now else None
+
+
+def _unsaid() -> Any:
+    return None
+
+
+class JobChange(BaseModel):
+    """What shall be different about a job that waits: at least one of these. Unknown fields are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    priority: Annotated[Priority, BeforeValidator(priority_of)] = Field(
+        default_factory=_unsaid, description="As in `POST /jobs`. A job that is queued goes to that lane."
+    )
+    scheduled_for: AwareDatetime = Field(
+        default_factory=_unsaid, description="Only of a scheduled job; a moment that is past: now."
+    )
+    tags: Tags = Field(default_factory=_unsaid, description="In place of all it has.")
+    metadata: dict[str, Any] = Field(default_factory=_unsaid, description="In place of all it has.")
+    parameters: dict[str, Any] = Field(
+        default_factory=_unsaid, description="In place of all it has; checked as in `POST /jobs`."
+    )
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Self:
+        if not self.model_fields_set:
+            raise ValueError(f"give at least one of {', '.join(type(self).model_fields)}")
+        return self

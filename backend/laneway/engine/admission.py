@@ -1,8 +1,8 @@
 """Whether there is room for more jobs: a quota for each tenant, a limit for all of them together.
 
-What waits (queued, scheduled, retrying) is counted in the background, at most once a second and in at
-most a twentieth of the time; in between, a process adds what it has let in itself, so that alone it is
-exact. Of what other processes let in it learns at the next count. That makes the overshoot finite:
+What waits (queued, blocked, scheduled, retrying) is counted in the background, at most once a second and
+in at most a twentieth of the time; in between, a process adds what it has let in itself, so that alone it
+is exact. Of what other processes let in it learns at the next count. That makes the overshoot finite:
 after a count a process lets in at most SHARE of a limit, or one group of jobs when that is more, before
 it counts again, so that with n processes a limit is passed by at most n - 1 times as much.
 
@@ -17,7 +17,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import sqlalchemy as sa
 
@@ -29,7 +29,7 @@ from laneway.log import get_logger
 from laneway.settings import Settings
 
 if TYPE_CHECKING:
-    from laneway.engine.service import Prepared
+    from laneway.engine.transitions import NewJob
 
 COUNT_SECONDS = 1.0
 COUNT_PAUSE = 20  # times as long as the count took
@@ -40,10 +40,20 @@ FACTORS = {Priority.LOW: 1, Priority.NORMAL: 2}
 
 Answer = dict[str, Any] | Exception
 
+
+class Wanted(Protocol):
+    """Something with a job to be."""
+
+    @property
+    def row(self) -> NewJob: ...
+
+
+W = TypeVar("W", bound=Wanted)
+
 # One arm for each partial index (models.py), which a condition on several statuses would not use.
 _ARMS = " UNION ALL ".join(
     f"SELECT tenant_id FROM (SELECT tenant_id FROM jobs WHERE status = '{status}' LIMIT :most) AS {status}"  # noqa: S608
-    for status in ("queued", "scheduled", "retrying")
+    for status in ("queued", "blocked", "scheduled", "retrying")
 )
 _WAITING = sa.text(
     f"SELECT tenant_id, count(*) AS jobs FROM ({_ARMS}) AS waiting GROUP BY tenant_id"  # noqa: S608
@@ -98,9 +108,7 @@ class Admission:
         self._count_at = -math.inf
         self._pause = COUNT_SECONDS
 
-    def admit(
-        self, wanted: Sequence[Prepared], create: Callable[[Sequence[Prepared]], Sequence[Answer]]
-    ) -> list[Answer]:
+    def admit(self, wanted: Sequence[W], create: Callable[[Sequence[W]], Sequence[Answer]]) -> list[Answer]:
         """The answers of `create` to those for which there is room, QuotaQueued or Overloaded to the others.
 
         In order. Raises what `create` raises, and sqlalchemy's errors when it must count and cannot.
@@ -117,7 +125,7 @@ class Admission:
         following = iter(answers)
         return [next(following) if refusal is None else refusal for refusal in refusals]
 
-    def _reserve(self, wanted: Sequence[Prepared]) -> list[LanewayError | None]:
+    def _reserve(self, wanted: Sequence[Wanted]) -> list[LanewayError | None]:
         for _ in range(COUNTS):
             with self._lock:
                 if not self._must_count(wanted):
@@ -127,14 +135,14 @@ class Admission:
         with self._lock:
             return self._let_in_all(wanted)
 
-    def _let_in_all(self, wanted: Sequence[Prepared]) -> list[LanewayError | None]:
+    def _let_in_all(self, wanted: Sequence[Wanted]) -> list[LanewayError | None]:
         refusals = [self._let_in(p.row.tenant_id, p.row.priority) for p in wanted]
         if not self._asked and (self._is_old() or self._share_used(wanted) > 0.5):
             self._asked = True
             self._background.submit(self._count_in_background)
         return refusals
 
-    def _settle(self, passed: Sequence[Prepared], answers: Sequence[Answer]) -> None:
+    def _settle(self, passed: Sequence[Wanted], answers: Sequence[Answer]) -> None:
         """They are under way no longer; those whose answer is their own job are new."""
         with self._lock:
             for number, p in enumerate(passed):
@@ -168,11 +176,11 @@ class Admission:
     def _is_old(self) -> bool:
         return self._clock.monotonic() - self._count_at >= self._pause
 
-    def _share_used(self, wanted: Sequence[Prepared]) -> float:
+    def _share_used(self, wanted: Sequence[Wanted]) -> float:
         of_tenants = (self._tenants[t].share_used(self._quota) for t in {p.row.tenant_id for p in wanted})
         return max(self._all.share_used(self._lowest), *of_tenants)
 
-    def _must_count(self, wanted: Sequence[Prepared]) -> bool:
+    def _must_count(self, wanted: Sequence[Wanted]) -> bool:
         if self._count_at == -math.inf or self._share_used(wanted) >= 1:
             return True
         # Nobody is refused for what was true a while ago, or never was.

@@ -13,7 +13,7 @@ from laneway import models
 from laneway.domain.payload import to_json
 from laneway.domain.states import ACTIVE, JobStatus
 from laneway.engine.callers import Caller
-from laneway.engine.outcomes import carry_out
+from laneway.engine.outcomes import carry_out, due_of
 from laneway.engine.queries import MAX_COUNTED, JobFilter, Scope
 from laneway.engine.transitions import Applied, Cancel
 from laneway.lanes.backend import EndedRun, LanesUnavailable, by_lane
@@ -76,6 +76,7 @@ def cancel_all(
     *,
     limit: int = MAX_CANCELLED,
     dry_run: bool = False,
+    of_all_tenants: bool = False,
 ) -> Cancelled:
     """Cancel at most `limit` of the tenant's jobs, oldest first, in transactions of at most BATCH_ROWS.
 
@@ -85,7 +86,8 @@ def cancel_all(
     unasked: sa.ColumnElement[bool] = j.cancel_requested_at.is_(None)
     if manner.terminate:
         unasked = sa.or_(unasked, ~j.cancel_terminate)
-    clauses = [*Scope(caller.tenant_id).clauses(), *wanted.clauses(), unasked]
+    whose = [] if of_all_tenants else Scope(caller.tenant_id).clauses()
+    clauses = [*whose, *wanted.clauses(), unasked]
     ended = asked = 0
     # Rows that somebody has locked come second, one by one: to wait with others in hand could deadlock.
     for skip_locked in () if dry_run else (True, False):
@@ -135,6 +137,7 @@ def _cancel(
         service.news.wished()
     if any(isinstance(o, Applied) and o.told for o in outcomes):
         service.news.ring_courier()
+    service.ring(due_of(outcomes))
     return rows
 
 

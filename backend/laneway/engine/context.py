@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -37,11 +38,14 @@ class Line(Protocol):
 class JobContext:
     """The job that runs now. Handlers get it from `current_job()` or as their parameter `job`."""
 
-    def __init__(self, *, job_id: str, job_type: str, attempt: int, line: Line) -> None:
+    def __init__(
+        self, *, job_id: str, job_type: str, attempt: int, line: Line, track_progress: bool = True
+    ) -> None:
         self.id = job_id
         self.job_type = job_type
         self.attempt = attempt
         self._line = line
+        self._track_progress = track_progress
         self._percent = 0
 
     def progress(
@@ -56,13 +60,13 @@ class JobContext:
         if not 0 <= percent <= 100:
             raise ValueError(f"progress is a percentage from 0 to 100, not {percent!r}")
         self._percent = max(self._percent, int(percent))
-        self._line.report(
-            Progress(
-                self._percent,
-                _storable(message[:MAX_MESSAGE]) if message is not None else None,
-                to_json(dict(details), what="details", max_bytes=MAX_DETAILS_BYTES) if details else None,
-            )
+        progress = Progress(
+            self._percent,
+            _storable(message[:MAX_MESSAGE]) if message is not None else None,
+            to_json(dict(details), what="details", max_bytes=MAX_DETAILS_BYTES) if details else None,
         )
+        if self._track_progress:
+            self._line.report(progress)
 
     @property
     def cancelled(self) -> bool:
@@ -100,12 +104,27 @@ _current: ContextVar[JobContext | None] = ContextVar("laneway_current_job", defa
 
 def current_job() -> JobContext:
     """The job this code runs in. Raises RuntimeError outside of one."""
-    job = _current.get()
+    job = running_job()
     if job is None:
         raise RuntimeError("current_job() was called outside of a job")
     return job
 
 
+def running_job() -> JobContext | None:
+    """The job this code runs in, None outside of one."""
+    return _current.get()
+
+
 def enter(job: JobContext | None) -> None:
     """Make `job` the current one in this context; None ends it."""
     _current.set(job)
+
+
+@contextmanager
+def entered(job: JobContext) -> Iterator[None]:
+    """Make `job` the current one for the block."""
+    token = _current.set(job)
+    try:
+        yield
+    finally:
+        _current.reset(token)

@@ -86,7 +86,7 @@ def delete(service: JobService, job_id: str, caller: Caller) -> None:
         row = find_dead_letter(connection, job_id, caller, lock=True)
         if not delete_jobs(connection, [job_id]):
             raise Conflict(
-                "a webhook of the job is still to be delivered; try again when it has been",
+                "it is still needed: by a webhook that is to be delivered, or by its chain or batch",
                 current_status=row["status"],
             )
 

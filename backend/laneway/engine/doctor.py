@@ -18,7 +18,9 @@ import sqlalchemy as sa
 from laneway import models
 from laneway.db import Database, utc_now
 from laneway.domain.events import DEFAULT_WEBHOOK_EVENTS, EVENT_OF
-from laneway.domain.states import JobStatus
+from laneway.domain.spec import queue_of
+from laneway.domain.states import ACTIVE, JobStatus
+from laneway.engine.pauses import is_paused, open_lanes, paused_queues
 from laneway.engine.queries import lanes_with_work
 
 SHOWN = 10
@@ -124,6 +126,11 @@ def _late_schedules(view: _View) -> Sequence[str]:
     )
 
 
+def _late_slots(view: _View) -> Sequence[str]:
+    due_at = models.schedules.c.due_at
+    return view.ids(sa.select(models.schedules.c.id).where(due_at < view.now - PATIENCE).order_by(due_at))
+
+
 def _late_retries(view: _View) -> Sequence[str]:
     return view.ids(
         sa.select(j.id).where(_written("jobs.status = 'retrying'"), j.next_retry_at < view.now - PATIENCE)
@@ -137,8 +144,8 @@ def _late_expiries(view: _View) -> Sequence[str]:
 
 
 def _heads(view: _View) -> Iterator[tuple[str, Sequence[sa.Row[str, str, datetime]]]]:
-    """Each lane with queued rows, and the HEAD of it."""
-    for lane in lanes_with_work(view.connection):
+    """Each lane with queued rows of a queue that is not paused, and the HEAD of it."""
+    for lane in open_lanes(lanes_with_work(view.connection), paused_queues(view.connection)):
         head = sa.select(j.id, j.job_type, j.queued_at).where(_QUEUED, j.lane == lane)
         yield lane, view.connection.execute(head.order_by(j.queued_at, j.id).limit(HEAD)).all()
 
@@ -246,6 +253,22 @@ def _long_transactions(view: _View) -> Sequence[str]:
     return view.connection.execute(query, {"age": LONG_TRANSACTION, "shown": SHOWN}).scalars().all()
 
 
+def _unfollowed(view: _View) -> Sequence[str]:
+    """Of a batch with many active jobs, one ended job is kept in mind until few are left."""
+    other = models.jobs.alias("other")
+    active = _written(f"other.status IN ({', '.join(repr(str(status)) for status in sorted(ACTIVE))})")
+    of_open_batch = sa.exists().where(other.c.batch_id == j.batch_id, active)
+    late = j.finished_at < view.now - PATIENCE
+    return view.ids(sa.select(j.id).where(models.unfollowed, late, ~of_open_batch).order_by(j.id))
+
+
+def _late_chains(view: _View) -> Sequence[str]:
+    r = models.chain_runs.c
+    open_ = _written("chain_runs.finished_at IS NULL AND chain_runs.deadline_at IS NOT NULL")
+    late = sa.and_(r.deadline_at < view.now - PATIENCE, r.stopping.is_(None))
+    return view.ids(sa.select(r.id).where(open_, late).order_by(r.deadline_at))
+
+
 _RUN_SCHEDULER = "run a scheduler (`laneway scheduler`)"
 
 CHECKS = (
@@ -274,6 +297,12 @@ CHECKS = (
         _late_schedules,
     ),
     Check(
+        "late_slots",
+        "a schedule is decided within a minute of its time",
+        f"{_RUN_SCHEDULER}: it starts what is due, and says by `misfire` what of the rest still runs",
+        _late_slots,
+    ),
+    Check(
         "late_retries",
         "a job that waits for its retry is queued within a minute of its time",
         f"{_RUN_SCHEDULER}: it queues what is due",
@@ -284,6 +313,18 @@ CHECKS = (
         "a waiting job ends within a minute of its expires_at",
         f"{_RUN_SCHEDULER}: it ends what came too late",
         _late_expiries,
+    ),
+    Check(
+        "unfollowed_ends",
+        "within a minute of a job's end follows what waits for it: dependants, a chain's step, a batch's end",
+        f"{_RUN_SCHEDULER}: it goes on with what was left over; its log says `not_followed` if it cannot",
+        _unfollowed,
+    ),
+    Check(
+        "late_chains",
+        "a chain's run is stopped within a minute of its timeout",
+        f"{_RUN_SCHEDULER}: it stops what takes too long",
+        _late_chains,
     ),
     Check(
         "passed_over",
@@ -379,8 +420,8 @@ def missing_from(
     """What a lane's list has wrong: ids it lacks, ids it should not hold.
 
     `present` is the list as Redis had it, read before this. It lacks the queued rows of the lane's HEAD that
-    have waited for PATIENCE; it should not hold ids of jobs that ended so long ago, or that do not exist.
-    Only the first HEAD of `present` are judged.
+    have waited for PATIENCE, unless its queue is paused; it should not hold ids of jobs that ended so long
+    ago, or that do not exist. Only the first HEAD of `present` are judged.
     """
     first = list(present)[:HEAD]
     ids = [job_id for job_id in first if _ID.fullmatch(job_id)]  # anybody may have written the others
@@ -388,7 +429,9 @@ def missing_from(
     known = sa.select(j.id, j.finished_at).where(j.id.in_(ids))
     with database.read() as connection:
         _by_index(connection)
-        waiting = connection.execute(head.order_by(j.queued_at, j.id).limit(HEAD)).scalars().all()
+        waiting: Sequence[str] = ()
+        if not is_paused(connection, queue_of(lane)):
+            waiting = connection.execute(head.order_by(j.queued_at, j.id).limit(HEAD)).scalars().all()
         ended = {row.id: row.finished_at for row in connection.execute(known)}
     inside = set(present)
     lacking = [job_id for job_id in waiting if job_id not in inside]

@@ -24,12 +24,16 @@ News = Mapping[str, tuple[Claimed, Progress]]
 
 @dataclass(frozen=True, slots=True)
 class Settled:
-    """A job that left the worker: where it is now, and whether a courier has something to do."""
+    """A job that left the worker: where it is now, and whether a courier has something to do.
+
+    `due` are `(lane, id)` of jobs that may start since.
+    """
 
     job: Claimed
     status: JobStatus
     next_retry_at: datetime | None
     webhook: bool
+    due: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(slots=True)
@@ -96,7 +100,7 @@ def exchange(
             done.refused.append((job, outcome))
         elif isinstance(outcome, Applied):
             due = getattr(move, "next_retry_at", None)
-            done.settled.append(Settled(job, outcome.status, due, outcome.told))
+            done.settled.append(Settled(job, outcome.status, due, outcome.told, outcome.due))
         else:
             done.stale.append(job)
     for claim, outcome in zip(claims, outcomes[len(moves) :], strict=True):

@@ -27,6 +27,8 @@ from laneway.engine.endings import (
     TimedOut,
     Unfinished,
 )
+from laneway.engine.flow import Followed, follow
+from laneway.engine.schedule_ends import count_ends
 from laneway.engine.telling import tell
 from laneway.engine.transitions import Applied, BackOff, HeldMove, Move, Outcome, Release, Stop
 
@@ -152,8 +154,25 @@ def carry_out(
     """
     outcomes = transitions.apply(connection, moves, now=now, actor=actor, job_types=job_types)
     _stop_instead(connection, outcomes, now=now, actor=actor)
-    told = tell(connection, [o for o in outcomes if isinstance(o, Applied)], now=now)
-    return [replace(o, told=True) if isinstance(o, Applied) and o.row["id"] in told else o for o in outcomes]
+    applied = [o for o in outcomes if isinstance(o, Applied)]
+    linked = [o for o in applied if o.row["linked"]]
+    followed = follow(connection, linked, now=now) if linked else Followed()
+    told = tell(connection, [*applied, *followed.moves], now=now)
+    count_ends(connection, [*applied, *followed.moves])
+    if followed.told or not told.isdisjoint(a.row["id"] for a in followed.moves):
+        told.add(linked[0].row["id"])
+    due = {linked[0].row["id"]: tuple(followed.due)} if followed.due else {}
+    return [
+        replace(o, told=o.row["id"] in told, due=due.get(o.row["id"], ()))
+        if isinstance(o, Applied) and (o.row["id"] in told or o.row["id"] in due)
+        else o
+        for o in outcomes
+    ]
+
+
+def due_of(outcomes: Sequence[Outcome | Exception]) -> list[tuple[str, str]]:
+    """`(lane, id)` of the jobs that may start since these moves were made, to be rung after the commit."""
+    return [pair for o in outcomes if isinstance(o, Applied) for pair in o.due]
 
 
 def stops_instead(outcomes: Sequence[Outcome]) -> dict[int, Stop]:

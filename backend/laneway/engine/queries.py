@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
-import hashlib
-from collections.abc import Mapping, Sequence
+import hmac
+import re
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Protocol
@@ -21,9 +23,13 @@ from laneway.errors import InvalidCursor
 
 j = models.jobs.c
 w = models.workers.c
+t = models.job_tags.c
 MAX_COUNTED = 10_000
-ID_SLACK_SECONDS = 60.0  # ids are made in order, a moment before their row: lists are walked by them
-_CURSOR_BYTES = 16 + 8  # an id, and a digest of it and the filters; no padding in base64
+ID_SLACK_SECONDS = 10.0  # ids are made in order, a moment before their row: lists are walked by them
+MAX_SEARCHED = 5_000  # newest rows of a list that one request with `q` looks at
+SEARCH_ROWS = 1_000  # of them in one statement
+MIN_ID_PREFIX = 13  # characters: `019b7a5e-4c00`, the millisecond; what is shorter may be a word of a title
+_CURSOR_BYTES = 16 + 11  # an id, and the start of a MAC of it and the filters; no padding in base64
 
 _PLAIN = (
     "id",
@@ -58,7 +64,12 @@ _PLAIN = (
     "webhook_delivered",
     "webhook_attempts",
     "dead_letter_reason",
+    "scheduled_job_id",
     "cancelled_by",
+    "on_dependency_failure",
+    "batch_id",
+    "chain_id",
+    "chain_step",
 )
 _MOMENTS = (
     "created_at",
@@ -88,6 +99,7 @@ def view(row: Mapping[Any, Any]) -> dict[str, Any]:
     seen["cancelled_at"] = seen["finished_at"] if cancelled else None
     seen["cancelling"] = row["cancel_requested_at"] is not None and row["finished_at"] is None
     seen["worker"] = row["worker_id"]
+    seen["depends_on"] = row["depends_on"] or []
     return seen
 
 
@@ -173,13 +185,25 @@ class JobFilter:
     priority: Priority | None = None
     created_after: datetime | None = None
     created_before: datetime | None = None
+    tag: str | None = None
+    batch_id: str | None = None
+    chain_id: str | None = None
+    scheduled_job_id: str | None = None
 
     def clauses(self) -> Clauses:
         return [
             *([_in_statuses(self.statuses)] if self.statuses else []),
             *equal_to((j.job_type, self.job_type), (j.queue, self.queue), (j.priority, self.priority)),
+            *equal_to((j.batch_id, self.batch_id), (j.chain_id, self.chain_id)),
+            *equal_to((j.scheduled_job_id, self.scheduled_job_id)),
             *made_between(models.jobs, self.created_after, self.created_before),
+            *(_tagged(self.tag) if self.tag is not None else []),
         ]
+
+
+def _tagged(tag: str) -> Clauses:
+    """Joined, not asked for each job: the list is walked along the index on tenant, tag and job."""
+    return [t.job_id == j.id, t.tenant_id == j.tenant_id, t.tag == tag]
 
 
 def page_of_jobs(
@@ -201,13 +225,60 @@ def page_of_jobs(
     return rows[:limit], len(rows) > limit
 
 
-def encode_cursor(last_id: str, scope: Scope, wanted: object) -> str:
-    """An opaque place in a list, bound to its filters.
+def search_jobs(
+    connection: sa.Connection, scope: Scope, wanted: Filter, text: str, *, limit: int, before: str | None
+) -> tuple[list[sa.RowMapping], str | None]:
+    """At most `limit` jobs whose title, one of whose tags, or whose id's start holds `text`, newest first.
 
-    The digest finds a bent cursor. It is no secret: a forged one is only another place in one's own list.
+    Looks at MAX_SEARCHED rows, then leaves the rest to the next page: the id from which that goes on, None
+    at the end of the list. A text in the form of an id's first 13 characters, or more, is an id: found by
+    its index, however old. Case does not count, in any script, so the rows are compared here.
     """
+    sought = text.strip().casefold()
+    narrowed = [*scope.clauses(), *wanted.clauses()]
+    low, high = (sought + bound[len(sought) :] for bound in _ID_BOUNDS)
+    if len(sought) >= MIN_ID_PREFIX and _ID.fullmatch(low):
+        narrowed += [j.id >= low, j.id <= high]
+    found: list[str] = []
+    place, looked = before, 0
+    while looked < MAX_SEARCHED and len(found) <= limit:
+        some = sa.select(j.id, j.title, j.tags).where(*narrowed).order_by(j.id.desc()).limit(SEARCH_ROWS)
+        rows = connection.execute(some if place is None else some.where(j.id < place)).all()
+        found += [row.id for row in rows if _holds(row.id, row.title, row.tags, sought)]
+        if len(rows) < SEARCH_ROWS:
+            place = None
+            break
+        place, looked = rows[-1].id, looked + len(rows)
+    if len(found) > limit:
+        found, place = found[:limit], found[limit - 1]
+    every = sa.select(models.jobs).where(*scope.clauses(), j.id.in_(found)).order_by(j.id.desc())
+    return list(connection.execute(every).mappings()) if found else [], place
+
+
+_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+_ID_BOUNDS = ("00000000-0000-0000-0000-000000000000", "ffffffff-ffff-ffff-ffff-ffffffffffff")
+
+
+def _holds(job_id: str, title: str | None, tags: Sequence[str], sought: str) -> bool:
+    texts = [*tags] if title is None else [title, *tags]
+    return job_id.startswith(sought) or any(sought in text.casefold() for text in texts)
+
+
+_signing_keys = [secrets.token_bytes(32)]
+
+
+def sign_cursors(keys: Iterable[bytes]) -> None:
+    """Sign cursors with the first of these keys, and take what any of them signed.
+
+    Before this was called, and without keys, cursors hold in this process only.
+    """
+    _signing_keys[:] = list(keys) or [secrets.token_bytes(32)]
+
+
+def encode_cursor(last_id: str, scope: Scope, wanted: object) -> str:
+    """An opaque place in a list, bound to whose list it is and to its filters."""
     place = UUID(last_id).bytes
-    return base64.urlsafe_b64encode(place + _digest(place, scope, wanted)).decode()
+    return base64.urlsafe_b64encode(place + _mac(_signing_keys[0], place, scope, wanted)).decode()
 
 
 def decode_cursor(cursor: str, scope: Scope, wanted: object) -> str:
@@ -216,14 +287,15 @@ def decode_cursor(cursor: str, scope: Scope, wanted: object) -> str:
         read = base64.b64decode(cursor, altchars=b"-_", validate=True)
     except ValueError:
         raise InvalidCursor from None
-    place, digest = read[:16], read[16:]
-    if len(read) != _CURSOR_BYTES or digest != _digest(place, scope, wanted):
+    place, mac = read[:16], read[16:]
+    signed = [hmac.compare_digest(mac, _mac(key, place, scope, wanted)) for key in _signing_keys]
+    if len(read) != _CURSOR_BYTES or not any(signed):
         raise InvalidCursor
     return str(UUID(bytes=place))
 
 
-def _digest(place: bytes, scope: Scope, wanted: object) -> bytes:
-    return hashlib.sha256(place + repr((scope, wanted)).encode()).digest()[: _CURSOR_BYTES - 16]
+def _mac(key: bytes, place: bytes, scope: Scope, wanted: object) -> bytes:
+    return hmac.digest(key, place + repr((scope, wanted)).encode(), "sha256")[: _CURSOR_BYTES - 16]
 
 
 def events_after(connection: sa.Connection, job_id: str, seq: int) -> Sequence[sa.RowMapping]:
@@ -251,18 +323,14 @@ def lane_state(
     return states
 
 
-def status_counts(connection: sa.Connection, tenant_id: str) -> dict[str, int]:
-    """A tenant's active jobs by status, each counted up to MAX_COUNTED."""
+def status_counts(connection: sa.Connection, tenant_id: str | None) -> dict[str, int]:
+    """A tenant's active jobs by status, or everybody's, each counted up to MAX_COUNTED."""
+    whose = [] if tenant_id is None else [j.tenant_id == tenant_id]
     counts: dict[str, int] = {}
     for status in JobStatus:
         if status in FINAL:
             continue
-        some = (
-            sa.select(j.id)
-            .where(j.tenant_id == tenant_id, _in_statuses([status]))
-            .limit(MAX_COUNTED)
-            .subquery()
-        )
+        some = sa.select(j.id).where(*whose, _in_statuses([status])).limit(MAX_COUNTED).subquery()
         counts[status] = connection.execute(sa.select(sa.func.count()).select_from(some)).scalar_one()
     return counts
 

@@ -18,7 +18,7 @@ from laneway import models
 from laneway.clock import Clock
 from laneway.db import Database
 from laneway.domain.states import JobStatus
-from laneway.engine.outcomes import carry_out, error_record
+from laneway.engine.outcomes import carry_out, due_of, error_record
 from laneway.engine.transitions import Applied, Fail, HeldMove, Release, Stop
 from laneway.log import get_logger
 
@@ -191,7 +191,8 @@ class Reaper:
         taken = [o for o in outcomes if isinstance(o, Applied)]
         for outcome in taken:
             log.warning("job_taken_back", job_id=outcome.row["id"], status=outcome.status.value)
-        return [(o.row["lane"], o.row["id"]) for o in taken if o.status is JobStatus.QUEUED]
+        again = [(o.row["lane"], o.row["id"]) for o in taken if o.status is JobStatus.QUEUED]
+        return again + due_of(outcomes)
 
 
 def _orphan(row: Any) -> Orphan:

@@ -13,7 +13,8 @@ from dataclasses import MISSING, dataclass, fields
 from functools import cached_property
 from importlib import import_module
 from importlib.metadata import entry_points
-from typing import Annotated, Any, ClassVar, TypeVar, get_type_hints
+from string import Formatter
+from typing import Annotated, Any, ClassVar, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
@@ -21,12 +22,12 @@ from laneway.domain.retry import Exceptions
 from laneway.domain.spec import DEFAULT_QUEUE, JOB_TYPE_PATTERN, Priority
 from laneway.errors import FieldError, InvalidParameters, JobTypeNotFound
 
-F = TypeVar("F", bound=Callable[..., Any])
-
 INJECTED = ("job", "progress_callback")
 """Parameters a function may declare to be handed them; they are no parameters of the job."""
 
 SHIPPED = ("laneway.handlers.demo",)
+
+MAX_KEY = 200
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,10 @@ class JobType:
     timeout_seconds: int | None = None
     retry_on: Exceptions = ()
     no_retry_on: Exceptions = ()
+    tags: tuple[str, ...] = ()
+    unique_key: str | None = None
+    """May name parameters in braces: `invoice-{number}`."""
+    track_progress: bool = True
 
     DEFAULTED: ClassVar[tuple[str, ...]] = (
         "queue",
@@ -53,6 +58,8 @@ class JobType:
         "retry_backoff",
         "retry_jitter",
         "timeout_seconds",
+        "tags",
+        "unique_key",
     )
 
     def differs(self, default: str) -> bool:
@@ -60,8 +67,33 @@ class JobType:
         return bool(getattr(self, default) != _OWN_DEFAULTS[default])
 
     @cached_property
+    def own_defaults(self) -> dict[str, Any]:
+        """What a job of this type has where its request says nothing, and other jobs have not."""
+        return {name: getattr(self, name) for name in self.DEFAULTED if self.differs(name)}
+
+    def fill_in(self, template: str, parameters: Mapping[str, Any]) -> str:
+        """A key with its names in braces replaced by parameters. Raises InvalidParameters."""
+        try:
+            key = template.format_map({**self._parameter_defaults, **parameters})
+        except KeyError as missing:
+            detail = f"needed for the key {template!r}"
+            error = FieldError(f"/parameters/{missing.args[0]}", detail, "missing")
+            raise InvalidParameters(f"{self.name}: {error.pointer}: {detail}", errors=(error,)) from None
+        if not 1 <= len(key) <= MAX_KEY:
+            detail = f"the key {template!r} comes to {len(key)} characters; 1 to {MAX_KEY} are taken"
+            raise InvalidParameters(
+                f"{self.name}: {detail}", errors=(FieldError("/parameters", detail, "key_length"),)
+            )
+        return key
+
+    @cached_property
+    def _parameter_defaults(self) -> dict[str, Any]:
+        known = inspect.signature(self.function).parameters.values()
+        return {each.name: each.default for each in known if each.default is not each.empty}
+
+    @cached_property
     def is_async(self) -> bool:
-        return inspect.iscoroutinefunction(self.function)
+        return inspect.iscoroutinefunction(inspect.unwrap(self.function))
 
     @cached_property
     def injected(self) -> tuple[str, ...]:
@@ -75,7 +107,7 @@ class JobType:
         Its fields have the parameters' names as aliases only: `json` or `_x` would be the model's own.
         """
         signature = inspect.signature(self.function)
-        hints = get_type_hints(self.function, include_extras=True)
+        hints = get_type_hints(inspect.unwrap(self.function), include_extras=True)
         wanted: dict[str, Any] = {}
         extra: Any = "forbid"
         for name, parameter in signature.parameters.items():
@@ -127,6 +159,7 @@ class Registry:
 
     def __init__(self) -> None:
         self._types: dict[str, JobType] = {}
+        self.schedules: dict[str, DeclaredSchedule] = {}
 
     def __iter__(self) -> Iterator[JobType]:
         return iter(sorted(self._types.values(), key=lambda known: known.name))
@@ -146,9 +179,14 @@ class Registry:
         """
         if not re.fullmatch(JOB_TYPE_PATTERN, job_type.name) or len(job_type.name) > 100:
             raise ValueError(f"{job_type.name!r} is not a job type name like 'reports.render'")
-        for name, parameter in inspect.signature(job_type.function).parameters.items():
+        parameters = inspect.signature(job_type.function).parameters
+        for name, parameter in parameters.items():
             if parameter.kind is parameter.POSITIONAL_ONLY:
                 raise ValueError(f"job type {job_type.name!r}: {name!r} cannot be passed by name")
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+            for _, field, _, _ in Formatter().parse(job_type.unique_key or ""):
+                if field is not None and re.split(r"[.[]", field)[0] not in parameters:
+                    raise ValueError(f"job type {job_type.name!r}: unique_key: no parameter is {field!r}")
         for option in ("retry_on", "no_retry_on"):
             kinds = getattr(job_type, option)
             if not isinstance(kinds, tuple) or not all(_is_exception(kind) for kind in kinds):
@@ -160,6 +198,23 @@ class Registry:
                 f"by {_origin(known.function)} and {_origin(job_type.function)}"
             )
         self._types[job_type.name] = job_type
+
+    def declare(self, schedule: DeclaredSchedule) -> None:
+        """Keep a schedule for the scheduler. Raises ValueError where another job type has its name."""
+        known = self.schedules.get(schedule.name)
+        if known is not None and known.job_type != schedule.job_type:
+            raise ValueError(
+                f"schedule {schedule.name!r} is declared twice: for {known.job_type} and {schedule.job_type}"
+            )
+        self.schedules[schedule.name] = schedule
+
+    def type_of(self, function: Callable[..., Any]) -> JobType:
+        """The type whose function this is, decorated or not. Raises JobTypeNotFound."""
+        origin = _origin(function)
+        for known in self._types.values():
+            if _origin(known.function) == origin:
+                return known
+        raise JobTypeNotFound(f"{origin} is no job type: decorate it with @background_job")
 
     def get(self, name: str) -> JobType | None:
         return self._types.get(name)
@@ -177,50 +232,45 @@ def _is_exception(kind: object) -> bool:
 
 
 def _origin(function: Callable[..., Any]) -> str:
+    function = inspect.unwrap(function)
     return f"{function.__module__}.{function.__qualname__}"
+
+
+@dataclass(frozen=True, slots=True)
+class DeclaredSchedule:
+    """A schedule that stands in the code: made, or brought up to date by its name, when a scheduler starts.
+
+    Exactly one of `cron` and `interval_seconds` is given.
+    """
+
+    name: str
+    job_type: str
+    cron: str | None
+    interval_seconds: int | None
+    timezone: str
+    description: str | None
+    max_concurrent_runs: int
+    overlap: str
+    misfire: str
+    priority: str | None  # None: the job type's
+    max_retries: int | None
 
 
 registry = Registry()
 
 
-def background_job(
-    name: str | None = None,
-    *,
-    queue: str = DEFAULT_QUEUE,
-    priority: str = "normal",
-    max_retries: int = 3,
-    retry_delay_seconds: float = 120.0,
-    exponential_backoff: bool = True,
-    retry_jitter: bool = True,
-    retry_on: tuple[type[BaseException], ...] = (),
-    no_retry_on: tuple[type[BaseException], ...] = (),
-    timeout_seconds: int | None = None,
-) -> Callable[[F], F]:
-    """Register a plain or `async` function as a job type; the function itself stays as it is.
+def default_name(function: Callable[..., Any]) -> str:
+    """What a function is called as a job type when nobody says otherwise: `module.function`."""
+    module = function.__module__.rpartition(".")[2].strip("_")  # a notebook's is `__main__`
+    return f"{module}.{function.__name__}".lower()
 
-    `name` is what requests say (default: `module.function`, lower case) and what rows keep, so it should
-    not change. With `retry_on` only these exceptions are tried again; `no_retry_on` never are, and wins.
-    The rest are defaults for jobs that do not say otherwise.
+
+def register_job_function(name: str, function: Callable[..., Any]) -> None:
+    """Make a function a job type, without decorating it: `background_job` does that, and takes defaults.
+
+    Raises ValueError for a bad name, and for one that another function has.
     """
-
-    def register(function: F) -> F:
-        job_type = JobType(
-            name=name or f"{function.__module__.rpartition('.')[2]}.{function.__name__}".lower(),
-            function=function,
-            queue=queue,
-            priority=Priority(priority),
-            max_retries=max_retries,
-            retry_delay_seconds=retry_delay_seconds,
-            retry_backoff=2.0 if exponential_backoff else 1.0,
-            retry_jitter=retry_jitter,
-            timeout_seconds=timeout_seconds,
-            retry_on=retry_on,
-            no_retry_on=no_retry_on,
-        )
-        registry.add(job_type)
-        return function
-
-    return register
+    registry.add(JobType(name, function))
 
 
 def load(modules: Iterable[str]) -> Registry:

@@ -17,6 +17,7 @@ import sqlalchemy as sa
 from laneway import models
 from laneway.db import Database
 from laneway.domain.states import FINAL, JobStatus
+from laneway.engine import idempotency
 from laneway.settings import Settings
 from laneway.webhooks.retries import UNDONE
 
@@ -70,20 +71,23 @@ class Pruned:
     messages: int = 0  # of webhooks, each with its deliveries
     workers: int = 0
     payloads: int = 0  # emptied, of messages that stay
+    keys: int = 0  # of idempotency, whose day is over
+    groups: int = 0  # batches and runs of chains
     more: bool = False
 
     @property
     def rows(self) -> int:
-        return self.jobs + self.messages + self.workers + self.payloads
+        return self.jobs + self.messages + self.workers + self.payloads + self.keys + self.groups
 
 
 def delete_jobs(connection: sa.Connection, ids: Sequence[str]) -> list[str]:
     """Delete ended jobs and all that hangs on them: events, webhook messages, deliveries, attempts.
 
-    Returns the ids of those that are gone now. The others do not exist, are active, or still have a webhook
-    to deliver, and are left as they are. Give at most BATCH_ROWS ids; the caller has checked whose they are.
+    Returns the ids of those that are gone now. The others do not exist, are active, belong to a chain's run
+    or a batch that is, or still have a webhook to deliver, and are left as they are. Give at most BATCH_ROWS
+    ids; the caller has checked whose they are.
     """
-    ended = sa.select(j.id).where(j.id.in_(ids), j.status.in_(FINAL)).order_by(j.id)
+    ended = sa.select(j.id).where(j.id.in_(ids), j.status.in_(FINAL), *_not_needed()).order_by(j.id)
     locked = connection.execute(ended.with_for_update()).scalars().all()
     # Asked after the lock: a message is written by whoever ends the job, and nobody does that now.
     waiting = sa.select(d.job_id).where(d.job_id.in_(locked), d.status.in_(UNDONE))
@@ -93,6 +97,7 @@ def delete_jobs(connection: sa.Connection, ids: Sequence[str]) -> list[str]:
         _delete_messages(connection, connection.execute(told.with_for_update()).scalars().all())
         e = models.job_events
         connection.execute(sa.delete(e).where(e.c.job_id.in_(gone)))
+        connection.execute(sa.delete(models.job_tags).where(models.job_tags.c.job_id.in_(gone)))
         connection.execute(sa.delete(models.jobs).where(j.id.in_(gone)))
     return gone
 
@@ -131,7 +136,18 @@ def prune(database: Database, keep: Retention, *, now: datetime) -> Pruned:
             some = _left(now=now).limit(BATCH_ROWS).with_for_update(of=models.workers, skip_locked=True)
             ids = connection.execute(some).scalars().all()
             workers = connection.execute(sa.delete(models.workers).where(w.id.in_(ids))).rowcount
-    return Pruned(jobs, messages, workers, payloads, more=BATCH_ROWS in (jobs, messages, workers, payloads))
+    keys = 0
+    if _any(database, [idempotency.expired(now=now)]):
+        with database.write() as connection:
+            keys = idempotency.forget(connection, now=now, limit=BATCH_ROWS)
+    groups = 0
+    for table, over in _emptied(min(keep.jobs.values()), now=now) if keep.jobs else ():
+        if _any(database, [over]):
+            with database.write() as connection:
+                ids = connection.execute(over.limit(BATCH_ROWS)).scalars().all()
+                groups += connection.execute(sa.delete(table).where(table.c.id.in_(ids))).rowcount
+    counts = (jobs, messages, workers, payloads, keys, groups)
+    return Pruned(*counts, more=BATCH_ROWS in counts)
 
 
 def count(database: Database, keep: Retention, *, now: datetime) -> Pruned:
@@ -144,7 +160,8 @@ def count(database: Database, keep: Retention, *, now: datetime) -> Pruned:
         return sum(connection.execute(each).scalar_one() for each in counts)
 
     with database.read() as connection:
-        return Pruned(rows(jobs), rows(messages), rows([_left(now=now)]))
+        keys = rows([idempotency.expired(now=now)])
+        return Pruned(rows(jobs), rows(messages), rows([_left(now=now)]), keys=keys)
 
 
 def _any(database: Database, queries: Sequence[_Ids]) -> bool:
@@ -155,7 +172,28 @@ def _any(database: Database, queries: Sequence[_Ids]) -> bool:
 
 def _ended(status: JobStatus, age: timedelta, *, now: datetime) -> _Ids:
     told = ~sa.exists().where(d.job_id == j.id, d.status.in_(UNDONE))
-    return sa.select(j.id).where(j.status == status, j.finished_at <= now - age, told)
+    return sa.select(j.id).where(j.status == status, j.finished_at <= now - age, told, *_not_needed())
+
+
+def _not_needed() -> list[sa.ColumnElement[bool]]:
+    """What follows from the job's end has followed, and its batch and its chain's run have ended."""
+    b, r = models.batches.c, models.chain_runs.c
+    return [
+        sa.or_(~j.linked, j.followed_seq >= j.event_seq),
+        ~sa.exists().where(b.id == j.batch_id, b.finished_at.is_(None)),
+        ~sa.exists().where(r.id == j.chain_run_id, r.finished_at.is_(None)),
+    ]
+
+
+def _emptied(age: timedelta, *, now: datetime) -> list[tuple[sa.Table, _Ids]]:
+    """Batches, and runs of chains, that ended so long ago and whose jobs are gone."""
+    b, r = models.batches.c, models.chain_runs.c
+    of_batch = sa.exists().where(j.batch_id == b.id)
+    of_run = sa.exists().where(j.chain_id == r.chain_id, j.chain_run_id == r.id)
+    return [
+        (models.batches, sa.select(b.id).where(b.finished_at <= now - age, ~of_batch)),
+        (models.chain_runs, sa.select(r.id).where(r.finished_at <= now - age, ~of_run)),
+    ]
 
 
 def _through(age: timedelta, *, now: datetime) -> _Ids:

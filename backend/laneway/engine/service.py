@@ -5,7 +5,7 @@ Redis is told after the commit and may be away: the reconciler rings again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -16,25 +16,30 @@ from laneway import models
 from laneway.clock import Clock, SystemClock, new_id
 from laneway.db import Database
 from laneway.domain.payload import to_json
-from laneway.domain.spec import JobSpec, Priority, lane_of
+from laneway.domain.spec import JobSpec
 from laneway.domain.states import FINAL, JobStatus
-from laneway.engine import queries
+from laneway.engine import dependencies, idempotency, queries
 from laneway.engine.admission import Admission
 from laneway.engine.callers import Caller, Role
 from laneway.engine.cancels import Manner, ask_to_stop
 from laneway.engine.group_commit import commit_each
-from laneway.engine.outcomes import carry_out
+from laneway.engine.idempotency import Kept, Key
+from laneway.engine.outcomes import carry_out, due_of
+from laneway.engine.pauses import QUEUE_PAUSED, is_paused
 from laneway.engine.queries import Filter, Scope
 from laneway.engine.registry import JobType, Registry
 from laneway.engine.retention import delete_jobs
-from laneway.engine.transitions import Applied, Cancel, NewJob, Retry, create
+from laneway.engine.transitions import Applied, Cancel, LinkedJob, NewJob, Retry, create
 from laneway.errors import (
     Conflict,
     DeadLetterNotFound,
     FieldError,
     IllegalTransition,
     JobNotFound,
+    LanewayError,
     NotFinished,
+    Overloaded,
+    QuotaQueued,
     UniqueKeyTaken,
     UnknownJobType,
     Unprocessable,
@@ -49,6 +54,10 @@ from laneway.webhooks.guard import Policy, check_url
 MAX_METADATA_BYTES = 16 * 1024
 NO_CAPABLE_WORKER = "no_capable_worker"
 UNSERVED_AFTER = timedelta(seconds=5)  # younger jobs are not asked about: most are on their way
+RING_SCHEDULERS_WITHIN = timedelta(seconds=5)
+NO_ROOM = (QuotaQueued, Overloaded)
+
+Answer = dict[str, Any] | Exception
 
 log = get_logger("service")
 
@@ -60,6 +69,7 @@ class Prepared:
     row: NewJob
     spec: JobSpec
     scope: Scope
+    key: Key | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,15 +116,21 @@ class JobService:
 
     # Making jobs
 
-    def prepare(self, spec: JobSpec, caller: Caller) -> Prepared:
+    def prepare(
+        self, spec: JobSpec, caller: Caller, *, key: Key | None = None, check_parameters: bool = True
+    ) -> Prepared:
         """Check a request against its job type and every limit, without I/O.
+
+        With an idempotency `key` it makes its job only if no request did before. Parameters that are not
+        what they will be are checked when the job runs.
 
         Raises UnknownJobType, InvalidParameters, InvalidPayload, PayloadTooLarge, WebhookUrlRefused.
         """
-        job_type = self._job_type(spec.job_type, "/job_type")
+        job_type = self.known_type(spec.job_type, "/job_type")
         spec = _with_defaults(spec, job_type)
         parameters = to_json(spec.parameters)
-        job_type.check(spec.parameters)
+        if check_parameters:
+            job_type.check(spec.parameters)
         spec = spec.model_copy(update=self._storable(spec))
         now = self.clock.now()
         starts_at = spec.starts_at(now)
@@ -147,9 +163,11 @@ class JobService:
             status=JobStatus.QUEUED.value if starts_at is None else JobStatus.SCHEDULED.value,
             queued_at=now if starts_at is None else None,
         )
-        return Prepared(row, spec, scope_of(caller))
+        row = dependencies.waiting(row, spec.parents, on_failure=spec.on_dependency_failure)
+        return Prepared(row, spec, scope_of(caller), key)
 
-    def _job_type(self, name: str, pointer: str) -> JobType:
+    def known_type(self, name: str, pointer: str) -> JobType:
+        """The job type. Raises UnknownJobType, which points at the field that names it."""
         job_type = self.registry.get(name)
         if job_type is None:
             detail = f"there is no job type {name!r}; GET /job-types lists them"
@@ -161,7 +179,7 @@ class JobService:
         for name in ("title", "description", "unique_key"):
             to_json(getattr(spec, name), what=name)
         fields: dict[str, Any] = {
-            name: _utc(moment, name)
+            name: in_utc(moment, name)
             for name in ("scheduled_for", "expires_at")
             if (moment := getattr(spec, name)) is not None
         }
@@ -186,8 +204,26 @@ class JobService:
         return answers
 
     def create(self, prepared: Sequence[Prepared]) -> list[dict[str, Any] | Exception]:
-        """Write the jobs there is room for, in one transaction. Nobody is told: `ring_new` is for later."""
-        return self._admission.admit(prepared, self._create)
+        """Write the jobs there is room for, in one transaction. Nobody is told: `ring_new` is for later.
+
+        A request that was answered before is answered again (Replayed), also when there is no room.
+        """
+        answers = self._admission.admit(prepared, self._create)
+        refused = [p.key for p, a in zip(prepared, answers, strict=True) if p.key and isinstance(a, NO_ROOM)]
+        if not refused:
+            return answers
+        with self.database.read() as connection:
+            known = idempotency.find(connection, refused, now=self.clock.now())
+        return [
+            _replay(p, p.key, kept) if p.key and isinstance(a, NO_ROOM) and (kept := known[p.key.id]) else a
+            for p, a in zip(prepared, answers, strict=True)
+        ]
+
+    def admit(
+        self, prepared: Sequence[Prepared], create: Callable[[Sequence[Prepared]], Sequence[Answer]]
+    ) -> list[Answer]:
+        """The answers of `create` to those there is room for; QuotaQueued or Overloaded to the others."""
+        return self._admission.admit(prepared, create)
 
     def _create(self, prepared: Sequence[Prepared]) -> list[dict[str, Any] | Exception]:
         answers = self._insert(prepared)
@@ -199,20 +235,79 @@ class JobService:
 
     def _insert(self, prepared: Sequence[Prepared]) -> list[dict[str, Any] | Exception | None]:
         now = self.clock.now()
-        with self.database.write_once() as connection:
+        if any(p.key for p in prepared):
+            return self._insert_keyed(prepared, now)
+        ties = any(p.spec.depends_on for p in prepared)
+        with self.database.write() if ties else self.database.write_once() as connection:
             made = create(connection, [p.row for p in prepared], now=now)
+            _tie(connection, prepared, made, now=now)
             return [
                 _new_view(p, now) if new else _holder(connection, p)
                 for p, new in zip(prepared, made, strict=True)
             ]
 
+    def _insert_keyed(self, prepared: Sequence[Prepared], now: datetime) -> list[Answer | None]:
+        """The same where some have keys: only the first request of each key makes its job."""
+        first = {p.key.id: p for p in reversed(prepared) if p.key}
+        told = {key_id: _new_view(p, now) | {"parameters": None} for key_id, p in first.items()}
+        with self.database.write() as connection:
+            wanted = [(p.key, told[p.key.id]) for p in first.values() if p.key]
+            known = idempotency.take(connection, wanted, now=now)
+            ours = [p for p in prepared if p.key is None or (p is first[p.key.id] and p.key.id not in known)]
+            made = create(connection, [p.row for p in ours], now=now)
+            _tie(connection, ours, made, now=now)
+            answers: dict[str, Answer | None] = {}
+            for p, new in zip(ours, made, strict=True):
+                answers[p.row.id] = answer = _new_view(p, now) if new else _holder(connection, p)
+                if p.key and isinstance(answer, dict):
+                    known[p.key.id] = Kept(p.key.request, told[p.key.id] if new else answer)
+                    if not new:
+                        idempotency.keep(connection, p.key, answer)
+                elif p.key:
+                    idempotency.drop(connection, p.key)
+        return [
+            answers[p.row.id]
+            if p.row.id in answers
+            else _replay(p, p.key, known[p.key.id])
+            if p.key and p.key.id in known
+            else answers[first[p.key.id].row.id]  # type: ignore[union-attr]
+            for p in prepared
+        ]
+
+    def create_in(self, connection: sa.Connection, prepared: Prepared) -> dict[str, Any]:
+        """Write a job through a connection whose transaction is not ours; the new job, or its key's holder.
+
+        Nobody is told: whoever commits rings afterwards, or the reconciler does. Raises UniqueKeyTaken,
+        QuotaQueued, Overloaded.
+        """
+        now = self.clock.now()
+
+        def insert(_: Sequence[Prepared]) -> list[Answer]:
+            [made] = create(connection, [prepared.row], now=now)
+            _tie(connection, [prepared], [made], now=now)
+            answer = _new_view(prepared, now) if made else _holder(connection, prepared)
+            return [answer or _taken(prepared.row.unique_key, None)]
+
+        [answer] = self._admission.admit([prepared], insert)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
     def ring_new(self, prepared: Sequence[Prepared], answers: Sequence[dict[str, Any] | Exception]) -> None:
-        """Ring the lanes of those that `create` made and that are due, in one round trip."""
+        """Ring the lanes of those that `create` made and that are due, in one round trip.
+
+        Schedulers look for what is due soon by themselves, but not all the time: those are rung as well.
+        """
+        soon = self.clock.now() + RING_SCHEDULERS_WITHIN
+        if any(
+            p.row.queued_at is None and p.row.scheduled_for and p.row.scheduled_for < soon for p in prepared
+        ):
+            self.news.ring_scheduler()
         self.ring(
             [
                 (p.row.lane, p.row.id)
                 for p, answer in zip(prepared, answers, strict=True)
-                if p.row.queued_at is not None
+                if (p.row.queued_at is not None or p.spec.depends_on)  # which may have ended long ago
                 and not isinstance(answer, Exception)
                 and answer["id"] == p.row.id
             ]
@@ -236,13 +331,16 @@ class JobService:
     def get_versioned(self, job_id: str, caller: Caller) -> tuple[dict[str, Any], int]:
         """The job and its version, which grows with each change of its row. Raises JobNotFound.
 
-        The `status_reason` of a job that has been queued for a while and that no living worker can run is
-        `no_capable_worker`. It tells of the moment, and is written nowhere.
+        The `status_reason` of a queued job is `queue_paused` while its queue is; of one that has been queued
+        for a while and that no living worker can run `no_capable_worker`. They tell of the moment, and are
+        written nowhere.
         """
         with self.database.read() as connection:
-            row = self._find(connection, job_id, caller)
+            row = self.find(connection, job_id, caller)
             job = queries.view(row)
-            if row["status"] == JobStatus.QUEUED and row["queued_at"] < self.clock.now() - UNSERVED_AFTER:
+            if row["status"] == JobStatus.QUEUED and is_paused(connection, row["queue"]):
+                job["status_reason"] = QUEUE_PAUSED
+            elif row["status"] == JobStatus.QUEUED and row["queued_at"] < self.clock.now() - UNSERVED_AFTER:
                 served = queries.is_served(
                     connection,
                     lane=row["lane"],
@@ -256,32 +354,51 @@ class JobService:
         """`id`, `status`, `result` and `error` of an ended job. Raises JobNotFound, NotFinished."""
         job = self.get(job_id, caller)
         if job["status"] not in FINAL:
-            raise NotFinished(f"the job is {job['status']}", current_status=job["status"])
+            raise NotFinished(
+                f"the job is {job['status']}; GET /jobs/{job_id} with `Prefer: wait=30` waits for its end",
+                current_status=job["status"],
+            )
         return {name: job[name] for name in ("id", "status", "result", "error", "finished_at")}
 
     def page(
-        self, caller: Caller, wanted: Filter, *, limit: int, cursor: str | None, mine: bool
+        self,
+        caller: Caller,
+        wanted: Filter,
+        *,
+        limit: int,
+        cursor: str | None,
+        mine: bool,
+        q: str | None = None,
     ) -> tuple[list[dict[str, Any]], str | None]:
-        """Jobs, newest first, and the cursor of the next page. Raises InvalidCursor."""
+        """Jobs, newest first, and the cursor of the next page. Raises InvalidCursor.
+
+        With `q` those whose title, tags or id hold it: such a page may be short although another follows.
+        """
         scope = Scope(caller.tenant_id, caller.subject) if mine else scope_of(caller)
-        before = queries.decode_cursor(cursor, scope, wanted) if cursor else None
+        bound = (scope, wanted) if q is None else (scope, (wanted, q))
+        before = queries.decode_cursor(cursor, *bound) if cursor else None
         with self.database.read() as connection:
-            rows, more = queries.page_of_jobs(connection, scope, wanted, limit=limit, before=before)
-        following = queries.encode_cursor(rows[-1]["id"], scope, wanted) if more else None
+            if q is None:
+                rows, more = queries.page_of_jobs(connection, scope, wanted, limit=limit, before=before)
+                last = rows[-1]["id"] if more else None
+            else:
+                rows, last = queries.search_jobs(connection, scope, wanted, q, limit=limit, before=before)
+        following = None if last is None else queries.encode_cursor(last, *bound)
         return [queries.view(row) for row in rows], following
 
     def follow(self, job_id: str, caller: Caller, *, after: int = 0) -> Following:
         """The job's transitions with a `seq` above `after`, and where it is. Raises JobNotFound."""
         with self.database.read() as connection:
             events = queries.events_after(connection, job_id, after)
-            row = self._find(connection, job_id, caller)
+            row = self.find(connection, job_id, caller)
         seen = events[-1]["seq"] if events else after
         ended = row["status"] in FINAL and seen >= row["event_seq"]
         return Following(events, queries.view(row), ended)
 
-    def _find(
+    def find(
         self, connection: sa.Connection, job_id: str, caller: Caller, *, lock: bool = False
     ) -> sa.RowMapping:
+        """The job's row. Raises JobNotFound, also for what the caller may not see."""
         row = queries.find_job(connection, job_id, scope_of(caller), lock=lock)
         if row is None:
             raise JobNotFound(f"there is no job {job_id}", job_id=job_id)
@@ -308,13 +425,13 @@ class JobService:
         now = self.clock.now()
         with self.database.write() as connection:
             # Locked, so that the job is not handed on between the refused move and the wish.
-            self._find(connection, job_id, caller, lock=True)
+            self.find(connection, job_id, caller, lock=True)
             move = Cancel(job_id, by=caller.subject, reason=reason)
             outcome = carry_out(connection, [move], now=now, actor=caller.subject)[0]
             if not isinstance(outcome, Applied) and outcome.status is JobStatus.RUNNING:
                 how = Manner(reason, terminate, grace_seconds)
                 ask_to_stop(connection, [job_id], how, by=caller.subject, now=now)
-            row = self._find(connection, job_id, caller)
+            row = self.find(connection, job_id, caller)
         job = queries.view(row)
         if job["status"] in FINAL and job["status"] != JobStatus.CANCELLED:
             raise IllegalTransition(f"the job is {job['status']}", current_status=job["status"])
@@ -326,6 +443,7 @@ class JobService:
         self.news.changed([job_id])
         if isinstance(outcome, Applied) and outcome.told:
             self.news.ring_courier()
+        self.ring(due_of([outcome]))
         return CancelAnswer(job, done)
 
     def _forget(self, lane: str, job_id: str) -> None:
@@ -344,12 +462,12 @@ class JobService:
         to be delivered.
         """
         with self.database.write() as connection:
-            status = self._find(connection, job_id, caller, lock=True)["status"]
+            status = self.find(connection, job_id, caller, lock=True)["status"]
             if status not in FINAL:
                 raise IllegalTransition(f"the job is {status}; cancel it first", current_status=status)
             if not delete_jobs(connection, [job_id]):
                 raise Conflict(
-                    "a webhook of the job is still to be delivered; try again when it has been",
+                    "it is still needed: by a webhook that is to be delivered, or by its chain or batch",
                     current_status=status,
                 )
 
@@ -362,10 +480,12 @@ class JobService:
         *,
         parameters: dict[str, Any] | None = None,
         dead_letter: bool = False,
+        key: Key | None = None,
     ) -> dict[str, Any]:
         """Queue an ended job again, with other `parameters` where they are given.
 
-        Its attempts count on, its retries from 0. With `dead_letter` it must be one.
+        Its attempts count on, its retries from 0. With `dead_letter` it must be one. A second call with an
+        idempotency `key` is answered as the first was (Replayed).
         Raises JobNotFound or DeadLetterNotFound, IllegalTransition unless it failed, timed out, expired or
         was cancelled, UniqueKeyTaken while an active job holds its key; and for the parameters what
         `prepare` raises.
@@ -375,14 +495,17 @@ class JobService:
         move = Retry(job_id, new, reason=None if new is None else "with other parameters")
         try:
             with self.database.write() as connection:
-                find = find_dead_letter if dead_letter else self._find
+                if (first := idempotency.begin(connection, key, now=now)) is not None:
+                    return first
+                find = find_dead_letter if dead_letter else self.find
                 row = find(connection, job_id, caller, lock=True)
                 if parameters is not None:
-                    self._job_type(row["job_type"], "/parameters").check(parameters)
+                    self.known_type(row["job_type"], "/parameters").check(parameters)
                 [outcome] = carry_out(connection, [move], now=now, actor=caller.subject)
                 if not isinstance(outcome, Applied):
                     raise IllegalTransition(f"the job is {row['status']}", current_status=row["status"])
-                job = queries.view(self._find(connection, job_id, caller))
+                job = queries.view(self.find(connection, job_id, caller))
+                idempotency.keep(connection, key, job)
         except sa.exc.IntegrityError:
             raise self._key_taken(job_id, caller) from None
         self.ring([(outcome.row["lane"], job_id)])
@@ -391,56 +514,9 @@ class JobService:
 
     def _key_taken(self, job_id: str, caller: Caller) -> UniqueKeyTaken:
         with self.database.read() as connection:
-            key = self._find(connection, job_id, caller)["unique_key"]
+            key = self.find(connection, job_id, caller)["unique_key"]
             holder = queries.find_active(connection, scope_of(caller), key)
         return _taken(key, holder)
-
-    # Queues
-
-    def queue_stats(self, caller: Caller) -> dict[str, Any]:
-        """Per queue and lane: rows queued, ids in Redis, age of the oldest; the tenant's jobs by status."""
-        with self.database.read() as connection:
-            names = queries.known_queues(connection)
-            lanes = [(name, priority, lane_of(name, priority)) for name in names for priority in Priority]
-            states = queries.lane_state(connection, [lane for _, _, lane in lanes], now=self.clock.now())
-            counts = queries.status_counts(connection, caller.tenant_id)
-        depths = self._depths([lane for _, _, lane in lanes]) or {}
-        queues = []
-        for name in names:
-            views = [
-                {"lane": lane, "priority": priority.value, **states[lane], "depth": depths.get(lane)}
-                for queue, priority, lane in lanes
-                if queue == name
-            ]
-            queues.append({"name": name, "queued": sum(v["queued"] for v in views), "lanes": views})
-        return {"queues": queues, "jobs": counts}
-
-    def queue_health(self) -> dict[str, Any]:
-        """Who works: living workers, and the reasons for which nobody might."""
-        with self.database.read() as connection:
-            workers = queries.living_workers(connection, within_seconds=self.settings.lease_seconds)
-            waiting = queries.lanes_with_work(connection)
-        redis = "ok" if self._depths(["normal"]) is not None else "away"
-        served = {lane for worker in workers for lane in worker["lanes"]}
-        reasons = [] if workers else ["no worker is alive: start one with `laneway worker`"]
-        if workers:
-            reasons = [
-                f"jobs wait in lane {lane!r}, and no worker serves it"
-                for lane in waiting
-                if lane not in served
-            ]
-        return {
-            "status": "unhealthy" if reasons else "healthy",
-            "reasons": reasons,
-            "redis": redis,
-            "workers": workers,
-        }
-
-    def _depths(self, lanes: Sequence[str]) -> dict[str, int] | None:
-        try:
-            return self.lanes.depths(lanes)
-        except LanesUnavailable:
-            return None
 
 
 def scope_of(caller: Caller) -> Scope:
@@ -462,13 +538,20 @@ def find_dead_letter(
 
 def _with_defaults(spec: JobSpec, job_type: JobType) -> JobSpec:
     """The spec with the job type's defaults where the request said nothing."""
-    said = spec.model_fields_set
-    missing = {
-        name: getattr(job_type, name)
-        for name in JobType.DEFAULTED
-        if name not in said and job_type.differs(name)
-    }
+    own, said = job_type.own_defaults, spec.model_fields_set
+    missing = {name: value for name, value in own.items() if name not in said} if own else {}
+    if "unique_key" in missing:
+        missing["unique_key"] = job_type.fill_in(missing["unique_key"], spec.parameters)
     return spec.model_copy(update=missing) if missing else spec
+
+
+def _tie(
+    connection: sa.Connection, prepared: Sequence[Prepared], made: Sequence[str | None], *, now: datetime
+) -> None:
+    """Let those of the jobs that were made wait for what they depend on. Raises UnknownDependency."""
+    new = [(p.row, p.scope) for p, job_id in zip(prepared, made, strict=True) if job_id and p.spec.depends_on]
+    if new:
+        dependencies.tie(connection, new, now=now)
 
 
 def _new_view(prepared: Prepared, now: datetime) -> dict[str, Any]:
@@ -486,9 +569,13 @@ def _new_view(prepared: Prepared, now: datetime) -> dict[str, Any]:
         "retry_count": 0,
         "webhook_delivered": False,
         "webhook_attempts": 0,
+        "on_dependency_failure": spec.on_dependency_failure,
         "created_at": now,
         "updated_at": now,
     }
+    if isinstance(row, LinkedJob):
+        columns |= {name: getattr(row, name) for name in LinkedJob.__slots__}
+        columns["depends_on"] = list(spec.parents)
     return queries.view(columns)
 
 
@@ -506,12 +593,24 @@ def _holder(connection: sa.Connection, prepared: Prepared) -> dict[str, Any] | U
     return _taken(prepared.row.unique_key, row if visible else None)
 
 
+def _replay(prepared: Prepared, key: Key, kept: Kept | None) -> Answer:
+    """The first answer; of a new job it is kept without the parameters, which came along again."""
+    try:
+        answer = idempotency.replay(key, kept)
+    except LanewayError as error:
+        return error
+    if answer["parameters"] is None:
+        answer["parameters"] = prepared.spec.parameters
+    return answer
+
+
 def _taken(key: str | None, holder: sa.RowMapping | None) -> UniqueKeyTaken:
     facts = {} if holder is None else {"job_id": holder["id"]}
     return UniqueKeyTaken(f"an active job holds the unique key {key!r}", **facts)
 
 
-def _utc(moment: datetime, name: str) -> datetime:
+def in_utc(moment: datetime, name: str) -> datetime:
+    """The moment in UTC. Raises Unprocessable, which points at the field `name`."""
     try:
         return moment.astimezone(UTC)
     except OverflowError:  # the first and last hours of what datetime can hold, in another zone

@@ -9,7 +9,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from laneway import models
-from laneway.domain.events import DEFAULT_WEBHOOK_EVENTS, EVENT_OF, EventType
+from laneway.domain.events import DEFAULT_WEBHOOK_EVENTS, EVENT_OF, EventType, SystemEvent
 from laneway.domain.states import FINAL, JobStatus
 from laneway.engine.queries import view
 from laneway.engine.transitions import Applied
@@ -50,6 +50,37 @@ def tell(connection: sa.Connection, applied: Sequence[Applied], *, now: datetime
     if overtaken:
         supersede_progress(connection, overtaken, now=now)
     return {message.job_id for message in told if message.job_id}
+
+
+def tell_of(
+    connection: sa.Connection,
+    event: SystemEvent,
+    told: Sequence[tuple[Mapping[Any, Any], int | str, dict[str, Any]]],
+    *,
+    now: datetime,
+) -> bool:
+    """Write the messages about things that are no jobs; whether anybody hears of one.
+
+    Each is a row with id, tenant_id and created_by, what tells this happening from others of it, and what
+    there is to say.
+    """
+    listening = subscribers(connection, {row["tenant_id"] for row, _, _ in told})
+    notified = notifications().addresses(event)
+    messages = [
+        Told(
+            id=message_id(row["id"], happening, event),
+            tenant_id=row["tenant_id"],
+            event_type=event.value,
+            data=data,
+            created_by=row["created_by"],
+            targets=[
+                *(Target.endpoint(e) for e in listening.get(row["tenant_id"], ()) if e.wants(event)),
+                *(Target.notified(row["tenant_id"], address) for address in notified),
+            ],
+        )
+        for row, happening, data in told
+    ]
+    return record(connection, messages, now=now) > 0
 
 
 def tell_progress(connection: sa.Connection, job_ids: Collection[str], *, now: datetime) -> bool:

@@ -13,6 +13,7 @@ that happens all the same is an error of the whole transaction, which may be tri
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
@@ -51,6 +52,7 @@ class HeldMove(Move):
 
 _LET_GO = "lease_token = NULL, worker_id = NULL"
 _UNASKED = "jobs.cancel_requested_at IS NULL"
+_OPEN_QUEUE = "jobs.queue NOT IN (SELECT paused_queues.queue FROM paused_queues)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +65,10 @@ class Enqueue(Move):
 
 @dataclass(frozen=True, slots=True)
 class Claim(Move):
-    """Take the job: attempt + 1, a lease under `lease_token`. Refused once the job is late or unwanted."""
+    """Take the job: attempt + 1, a lease under `lease_token`.
+
+    Refused once the job is late or unwanted, and while its queue is paused.
+    """
 
     lease_token: str
     worker_id: str
@@ -75,7 +80,7 @@ class Claim(Move):
         "attempt = jobs.attempt + 1, lease_token = u.lease_token, worker_id = u.worker_id, started_at = u.at,"
         " progress = 0, progress_message = NULL, progress_details = NULL"
     )
-    guard = f"{_UNASKED} AND (jobs.expires_at IS NULL OR jobs.expires_at > :now)"
+    guard = f"{_UNASKED} AND (jobs.expires_at IS NULL OR jobs.expires_at > :now) AND {_OPEN_QUEUE}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,7 +264,8 @@ class Applied:
 
     move: Move
     row: sa.RowMapping
-    told: bool = False  # somebody is sent a webhook about it
+    told: bool = False  # somebody is sent a webhook about it, or about what followed
+    due: tuple[tuple[str, str], ...] = ()  # `(lane, id)` of jobs that may start since: ring them
 
     @property
     def status(self) -> JobStatus:
@@ -277,7 +283,7 @@ class Refused:
 
 Outcome = Applied | Refused
 
-RETURNED = ("id", "tenant_id", "lane", "event_seq", "attempt", "webhook_url")
+RETURNED = ("id", "tenant_id", "lane", "event_seq", "attempt", "webhook_url", "linked", "scheduled_job_id")
 CLAIMED = (
     *RETURNED,
     "job_type",
@@ -291,9 +297,14 @@ CLAIMED = (
     "retry_max_delay_seconds",
     "retry_jitter",
 )
-_IDS = frozenset({"id", "tenant_id"})
+_IDS = frozenset({"id", "tenant_id", "scheduled_job_id"})
 _ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
+# Milliseconds since 1970, and larger than every number before: writers come one after the other.
+_SQLITE_TX = (
+    "MAX(CAST((julianday('now') - 2440587.5) * 86400000 AS INTEGER),"
+    " 1 + COALESCE((SELECT MAX(tx) FROM job_events AS told WHERE told.tenant_id = u.tenant_id), 0))"
+)
 _EVENTS = Rows(
     job_id="id",
     seq="int",
@@ -345,10 +356,36 @@ def _update(kind: type[Move], dialect: str, known_types: bool) -> tuple[sa.TextC
 @cache
 def _insert_events(dialect: str) -> sa.TextClause:
     columns = ", ".join(_EVENTS.columns)
+    names, values = ("at, tx", f":now, {_SQLITE_TX}") if dialect == "sqlite" else ("at", ":now")
     return sa.text(
-        f"INSERT INTO job_events ({columns}, at)"  # noqa: S608
-        f" SELECT {columns}, :now FROM {_EVENTS.sql(dialect)}"
+        f"INSERT INTO job_events ({columns}, {names})"  # noqa: S608
+        f" SELECT {columns}, {values} FROM {_EVENTS.sql(dialect)}"
     ).bindparams(sa.bindparam("now", type_=Moment))
+
+
+def record(
+    connection: sa.Connection,
+    row: sa.RowMapping,
+    *,
+    action: str,
+    actor: str,
+    reason: str | None,
+    now: datetime,
+) -> None:
+    """Write an event of a job that is no transition; `row` is the job as it is since then."""
+    event = (
+        row["id"],
+        row["event_seq"],
+        row["tenant_id"],
+        action,
+        row["status"],
+        row["attempt"],
+        actor,
+        reason,
+        None,
+    )
+    dialect = connection.dialect.name
+    connection.execute(_insert_events(dialect), {"now": now, **_EVENTS.bind(dialect, [event])})
 
 
 def apply(
@@ -453,6 +490,30 @@ class NewJob:
     queued_at: datetime | None
 
 
+@dataclass(frozen=True, slots=True)
+class LinkedJob(NewJob):
+    """A row to be of a job in a batch or a chain, or that waits for others; it may be `blocked` too.
+
+    `depends_on` is JSON text. `linked` says that something follows its end.
+    """
+
+    status_reason: str | None = None
+    batch_id: str | None = None
+    chain_id: str | None = None
+    chain_run_id: str | None = None
+    chain_step: int | None = None
+    depends_on: str | None = None
+    on_dependency_failure: str = "cancel"
+    dependencies_left: int = 0
+    linked: bool = False
+    scheduled_job_id: str | None = None
+
+    @classmethod
+    def of(cls, job: NewJob, **links: Any) -> LinkedJob:
+        """`job` with these links, beside those it has."""
+        return cls(**{each.name: getattr(job, each.name) for each in fields(job)} | links)
+
+
 _NEW_KINDS = {
     "id": "id",
     "tenant_id": "id",
@@ -465,24 +526,57 @@ _NEW_KINDS = {
     "retry_backoff": "float",
     "retry_max_delay_seconds": "float",
     "retry_jitter": "bool",
+    "batch_id": "id",
+    "chain_id": "id",
+    "chain_run_id": "id",
+    "chain_step": "int",
+    "dependencies_left": "int",
+    "linked": "bool",
+    "scheduled_job_id": "id",
 }
 _NEW = Rows(**{field.name: _NEW_KINDS.get(field.name, "text") for field in fields(NewJob)})
+_LINKED = Rows(**{field.name: _NEW_KINDS.get(field.name, "text") for field in fields(LinkedJob)})
+_UNLINKED = {field.name: field.default for field in fields(LinkedJob) if field.name not in NewJob.__slots__}
+
+
+_TAGGED = (
+    ", tagged AS (INSERT INTO job_tags (job_id, tag, tenant_id)"
+    " SELECT DISTINCT made.id, each.tag, made.tenant_id"
+    " FROM made, jsonb_array_elements_text(CAST(made.tags AS jsonb)) AS each(tag))"
+)
+_TAGS = Rows(job_id="id", tag="text", tenant_id="id")
 
 
 @cache
-def _insert_jobs(dialect: str) -> sa.TextClause:
-    columns = ", ".join(_NEW.columns)
+def _insert_tags(dialect: str) -> sa.TextClause:
+    columns = ", ".join(_TAGS.columns)
+    return sa.text(f"INSERT INTO job_tags ({columns}) SELECT {columns} FROM {_TAGS.sql(dialect)}")  # noqa: S608
+
+
+def tag(connection: sa.Connection, job_id: str, tenant_id: str, tags: Iterable[str]) -> None:
+    """Let lists find the job by these tags."""
+    dialect = connection.dialect.name
+    rows = [(job_id, each, tenant_id) for each in dict.fromkeys(tags)]
+    if rows:
+        bound = _TAGS.bind(dialect, rows)
+        connection.execute(_insert_tags(dialect), {"u": bound["u"]})
+
+
+@cache
+def _insert_jobs(dialect: str, linked: bool, tagged: bool) -> sa.TextClause:
+    new = _LINKED if linked else _NEW
+    columns = ", ".join(new.columns)
     jobs = (
         f"INSERT INTO jobs ({columns}, event_seq, created_at, updated_at)"  # noqa: S608
-        f" SELECT {columns}, 1, :now, :now FROM {_NEW.sql(dialect)} WHERE true"
+        f" SELECT {columns}, 1, :now, :now FROM {new.sql(dialect)} WHERE true"
         " ON CONFLICT (tenant_id, unique_key) WHERE unique_key IS NOT NULL AND finished_at IS NULL DO NOTHING"
     )
     if dialect == "postgresql":  # one statement, so that it may commit by itself (db.Database.write_once)
         jobs = (
-            f"WITH made AS ({jobs} RETURNING id, tenant_id, status, created_by),"  # noqa: S608
+            f"WITH made AS ({jobs} RETURNING id, tenant_id, status, created_by, tags),"  # noqa: S608
             " told AS (INSERT INTO job_events (job_id, seq, tenant_id, action, status, attempt, actor, at)"
             " SELECT id, 1, tenant_id, 'create', status, 0, created_by, :now FROM made)"
-            " SELECT CAST(id AS text) FROM made"
+            f"{_TAGGED if tagged else ''} SELECT CAST(id AS text) FROM made"
         )
     else:
         jobs += " RETURNING id"
@@ -498,8 +592,12 @@ def create(connection: sa.Connection, jobs: Sequence[NewJob], *, now: datetime) 
     """
     dialect = connection.dialect.name
     by_key = sorted(jobs, key=lambda job: job.unique_key or "")
-    rows = [tuple(getattr(job, name) for name in _NEW.columns) for job in by_key]
-    made = set(connection.execute(_insert_jobs(dialect), {"now": now, **_NEW.bind(dialect, rows)}).scalars())
+    linked = any(isinstance(job, LinkedJob) for job in jobs)
+    new = _LINKED if linked else _NEW
+    rows = [tuple(getattr(job, name, _UNLINKED.get(name)) for name in new.columns) for job in by_key]
+    tagged = [job for job in jobs if job.tags != "[]"]
+    statement = _insert_jobs(dialect, linked, bool(tagged))
+    made = set(connection.execute(statement, {"now": now, **new.bind(dialect, rows)}).scalars())
     events = [
         (job.id, 1, job.tenant_id, "create", job.status, 0, job.created_by, None, None)
         for job in jobs
@@ -507,4 +605,7 @@ def create(connection: sa.Connection, jobs: Sequence[NewJob], *, now: datetime) 
     ]
     if events and dialect != "postgresql":
         connection.execute(_insert_events(dialect), {"now": now, **_EVENTS.bind(dialect, events)})
+        for job in tagged:
+            if job.id in made:
+                tag(connection, job.id, job.tenant_id, json.loads(job.tags))
     return [job.id if job.id in made else None for job in jobs]

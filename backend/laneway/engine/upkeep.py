@@ -17,6 +17,7 @@ from laneway import models
 from laneway.db import Database
 from laneway.domain.states import RULES, Action, JobStatus
 from laneway.engine.outcomes import carry_out
+from laneway.engine.pauses import open_lanes, paused_queues
 from laneway.engine.queries import lanes_with_work
 from laneway.engine.transitions import Applied, Enqueue, Expire
 from laneway.lanes.backend import LaneBackend
@@ -113,12 +114,12 @@ def reconcile(database: Database, lanes: LaneBackend, *, window: int, now: datet
 
     Comparing the two lists needs no state of its own, so it repairs a flushed Redis, a lost push and a
     full window alike. While a lane holds three quarters of its window, only its head is compared: what is
-    lost further back is found when it gets there, and rows outside have no hurry. Returns how many ids were
-    rung. Raises LanesUnavailable.
+    lost further back is found when it gets there, and rows outside have no hurry. The lanes of a paused
+    queue are left alone. Returns how many ids were rung. Raises LanesUnavailable.
     """
     rung = 0
     with database.read() as connection:
-        names = lanes_with_work(connection)
+        names = open_lanes(lanes_with_work(connection), paused_queues(connection))
     for lane in names:
         backlog = lanes.backlog(lane)  # before the rows are read: a refusal after this keeps the flag up
         present = set(lanes.contents(lane))

@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from laneway.engine.context import JobContext
-from laneway.engine.registry import background_job
 from laneway.errors import PermanentError, TransientError
+from laneway.sdk.decorators import background_job
 
 _never = threading.Event()
 

@@ -23,6 +23,9 @@ ProgressNews = tuple[str, int, int, str | None, str | None]
 WISHES_CHANNEL = "laneway:wishes"
 """Anything: a running job was asked to stop, so workers beat now instead of later."""
 
+SCHEDULER_CHANNEL = "laneway:scheduler"
+"""Anything: something falls due sooner than schedulers know, so they look now."""
+
 LISTEN_SECONDS = 5.0
 NEWS_SECONDS = 0.25
 
@@ -39,6 +42,8 @@ class News(Protocol):
     def wished(self) -> None: ...
 
     def ring_courier(self) -> None: ...
+
+    def ring_scheduler(self) -> None: ...
 
     def close(self) -> None: ...
 
@@ -66,6 +71,9 @@ class RedisNews:
 
     def ring_courier(self) -> None:
         self._publish(self._courier_channel, "")
+
+    def ring_scheduler(self) -> None:
+        self._publish(SCHEDULER_CHANNEL, "")
 
     def close(self) -> None:
         self._redis.close()
@@ -96,6 +104,9 @@ class Silence:
         pass
 
     def ring_courier(self) -> None:
+        pass
+
+    def ring_scheduler(self) -> None:
         pass
 
     def close(self) -> None:
