@@ -40,7 +40,7 @@ up: ## all of it in containers, with PostgreSQL and Redis
 
 ##@ Change it
 test: $(INSTALLED) ## all tests, against real servers they start themselves
-	$(BIN)/pytest -n 2 --dist loadgroup
+	$(BIN)/pytest -n 3 --dist loadgroup
 
 check: $(INSTALLED) ## style, types, import contracts, unit tests: under two minutes
 	$(BIN)/ruff format --check .

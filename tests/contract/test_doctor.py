@@ -154,6 +154,31 @@ def late_expiry(database: Database) -> str:
     return add_job(database, JobStatus.QUEUED, expires_at=late, queued_at=LATER)
 
 
+@defect("unfollowed_ends")
+def an_end_that_nothing_followed(database: Database) -> str:
+    ended = {"linked": True, "finished_at": LATER - timedelta(seconds=61), "progress": 100}
+    return add_job(database, JobStatus.COMPLETED, **ended)
+
+
+@defect("late_chains")
+def a_chain_past_its_timeout(database: Database) -> str:
+    run = {
+        "id": new_id(),
+        "tenant_id": TENANT,
+        "created_by": "alice",
+        "chain_id": new_id(),
+        "name": "nightly",
+        "plan": [],
+        "stop_on_failure": True,
+        "status": "running",
+        "step_errors": {},
+        "deadline_at": LATER - timedelta(seconds=61),
+    }
+    with database.write() as connection:
+        connection.execute(sa.insert(models.chain_runs).values(run))
+    return str(run["id"])
+
+
 @defect("passed_over")
 def passed_over(database: Database) -> str:
     add_worker(database, beat_at=LATER, lanes=["emails"])  # holds nothing

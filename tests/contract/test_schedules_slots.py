@@ -315,6 +315,7 @@ def test_where_there_is_no_room_the_reason_is_recorded(database: Database) -> No
     add_schedule(database, overlap="allow", max_concurrent_runs=5)
     full = Admission(database, Settings(waiting_per_tenant=1), FrozenClock())
     fired(database, full)
+    full = Admission(database, Settings(waiting_per_tenant=1), FrozenClock())  # which counts anew
     done = fire(database, full, now=NOW + MINUTE)
     assert done.rung == []
     assert runs(database) == [(0, "started", None, 1), (60, "skipped", "quota", 1)]

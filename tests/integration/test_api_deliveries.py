@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from api_client import LocalApi
 from factories import add_job
 from laneway import models
-from laneway.clock import SystemClock, new_id
+from laneway.clock import SystemClock, first_id, new_id
 from laneway.domain.states import JobStatus
 from laneway.engine import recoveries, webhook_ledger
 from laneway.engine.callers import Role
@@ -44,6 +44,8 @@ def told(
     d = models.webhook_deliveries
     held = {"lease_owner": new_id()} if status == "sending" else {}
     done = {"delivered_at": at} if status == "delivered" else {}
+    if age_hours:
+        done["id"] = first_id(at)  # as old as its row
     with api.database.write() as connection:
         record(connection, [event], now=at)
         changed = sa.update(d).where(d.c.message_id == event.id).values(status=status, **held, **done)

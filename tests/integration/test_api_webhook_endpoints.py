@@ -256,7 +256,6 @@ def test_a_value_past_its_limit_is_refused(on_sqlite: Operator, name: str, value
         {"X-A": "one\ntwo"},
         {"X-A": "one\r\nX-B: two"},
         {"X-A": "\u00e9"},
-        {"X-A": "\0"},
         {"X-A": "\t"},
         {"X-A": " padded"},
         {"X-A": "v" * 1001},

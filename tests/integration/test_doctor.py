@@ -54,6 +54,7 @@ def test_a_healthy_installation_is_healthy_in_every_check(
     names = {check.check for check in examined(settings)}
     assert names == {check.name for check in CHECKS} | {
         "settings",
+        "production",
         "job_types",
         "database",
         "clocks",

@@ -94,7 +94,20 @@ TABLES = (
     models.workers,
 )
 
-FOREIGN = frozenset[str]()
+FOREIGN = frozenset(
+    {
+        "batch_id",
+        "chain_id",
+        "chain_run_id",
+        "chain_step",
+        "dependencies_left",
+        "depends_on",
+        "followed_seq",
+        "linked",
+        "on_dependency_failure",
+        "scheduled_job_id",
+    }
+)
 """Columns of `jobs` that the model leaves out: nothing that a step does may touch them."""
 
 ALL_ROWS = sa.select(models.jobs)

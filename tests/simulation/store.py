@@ -110,6 +110,7 @@ def _coalesce(*values: Any) -> Any:
 
 
 _WORDS = (
+    (r"jobs\.queue NOT IN \(SELECT paused_queues\.queue FROM paused_queues\)", "True"),  # none is paused here
     (r"\bIS NOT NULL\b", "is not None"),
     (r"\bIS NULL\b", "is None"),
     (r"\bNULL\b", "None"),

@@ -29,7 +29,7 @@ def render(payload: bytes, form: Format, *, message_id: str) -> bytes:
     envelope = json.loads(payload)
     data = envelope["data"]
     if form is Format.THIN:
-        envelope["data"] = {name: data[name] for name in _THIN if name in data}
+        envelope["data"] = {name: data[name] for name in _THIN if data.get(name) is not None}
     else:
         job_id = data.get("job_id")
         envelope = {
