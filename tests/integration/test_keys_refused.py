@@ -70,7 +70,7 @@ MALFORMED: dict[str, Callable[[str], str]] = {
     "a secret of zeros": lambda k: checked(k[:21] + "0" * 43),
     "an unknown key": lambda k: make_key(),
     "a letter of another alphabet": lambda k: k[:-1] + "а",  # noqa: RUF001 - Cyrillic
-    "wide digits": lambda k: k.replace("0", "０"),  # noqa: RUF001
+    "a wide digit": lambda k: k[:8] + "０" + k[9:],  # noqa: RUF001
     "half a character": lambda k: k + "\xff",
     "quoted": lambda k: f'"{k}"',
     "in base64": lambda k: "bHdfbGl2ZV8=",
