@@ -204,8 +204,10 @@ def test_a_gap_is_told_and_the_stream_goes_on_from_now(served: Any) -> None:
 
 def test_a_stream_is_one_of_the_callers_places(served: Any) -> None:
     api: ServedApi = served(streams_per_caller=1)
-    with listening(api), api.stream("/events") as refused:
-        assert refused.status_code == 429
+    with listening(api) as stream:  # named: one that nobody holds is closed
+        with api.stream("/events") as refused:
+            assert refused.status_code == 429
+        assert not stream.response.is_closed
     wait_until(lambda: _free(api), what="the place is free again")
 
 
