@@ -275,15 +275,12 @@ def page(
 ) -> tuple[list[View], str | None]:
     """Batches, newest first, and the cursor of the next page. Raises InvalidCursor."""
     scope = scope_of(caller)
-    before = queries.decode_cursor(cursor, scope, "batches") if cursor else None
+    query = sa.select(models.batches).where(*_whose(scope))
     with service.database.read() as connection:
-        query = sa.select(models.batches).where(*_whose(scope)).order_by(b.id.desc())
-        if before is not None:
-            query = query.where(b.id < before)
-        rows = connection.execute(query.limit(limit + 1)).mappings().all()
-        views = _views(connection, rows[:limit])
-    more = len(rows) > limit
-    return views, queries.encode_cursor(rows[limit - 1]["id"], scope, "batches") if more else None
+        rows, following = queries.newest_first(
+            connection, query, b.id, bound=(scope, "batches"), limit=limit, cursor=cursor
+        )
+        return _views(connection, rows), following
 
 
 def jobs(

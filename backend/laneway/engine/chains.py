@@ -215,30 +215,24 @@ def get(service: JobService, chain_id: str, caller: Caller, *, results: bool = T
 def page(service: JobService, caller: Caller, *, limit: int, cursor: str | None) -> Page:
     """Chains, newest first, without results, and the cursor of the next page. Raises InvalidCursor."""
     scope = scope_of(caller)
-    before = queries.decode_cursor(cursor, scope, "chains") if cursor else None
+    query = sa.select(models.chains).where(*_whose(models.chains, scope))
     with service.database.read() as connection:
-        query = sa.select(models.chains).where(*_whose(models.chains, scope)).order_by(c.id.desc())
-        if before is not None:
-            query = query.where(c.id < before)
-        rows = connection.execute(query.limit(limit + 1)).mappings().all()
-        views = _views(connection, rows[:limit], results=False)
-    following = queries.encode_cursor(rows[limit - 1]["id"], scope, "chains") if len(rows) > limit else None
-    return views, following
+        rows, following = queries.newest_first(
+            connection, query, c.id, bound=(scope, "chains"), limit=limit, cursor=cursor
+        )
+        return _views(connection, rows, results=False), following
 
 
 def runs(service: JobService, chain_id: str, caller: Caller, *, limit: int, cursor: str | None) -> Page:
     """A chain's runs, newest first, without results. Raises ChainNotFound, InvalidCursor."""
     bound = (scope_of(caller), ("runs", chain_id))
-    before = queries.decode_cursor(cursor, *bound) if cursor else None
+    query = sa.select(models.chain_runs).where(r.chain_id == chain_id, r.tenant_id == caller.tenant_id)
     with service.database.read() as connection:
         _find(connection, chain_id, caller)
-        query = sa.select(models.chain_runs).where(r.chain_id == chain_id, r.tenant_id == caller.tenant_id)
-        if before is not None:
-            query = query.where(r.id < before)
-        rows = connection.execute(query.order_by(r.id.desc()).limit(limit + 1)).mappings().all()
-        views = list(_run_views(connection, rows[:limit], results=False).values())
-    following = queries.encode_cursor(rows[limit - 1]["id"], *bound) if len(rows) > limit else None
-    return views, following
+        rows, following = queries.newest_first(
+            connection, query, r.id, bound=bound, limit=limit, cursor=cursor
+        )
+        return list(_run_views(connection, rows, results=False).values()), following
 
 
 def get_run(service: JobService, chain_id: str, run_id: str, caller: Caller) -> View:

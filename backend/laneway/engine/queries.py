@@ -294,6 +294,26 @@ def decode_cursor(cursor: str, scope: Scope, wanted: object) -> str:
     return str(UUID(bytes=place))
 
 
+def newest_first(
+    connection: sa.Connection,
+    query: sa.Select[Any],
+    ids: sa.ColumnElement[str],
+    *,
+    bound: tuple[Scope, object],
+    limit: int,
+    cursor: str | None,
+) -> tuple[Sequence[sa.RowMapping], str | None]:
+    """A page of what `query` finds, by its column `id` from the newest on, and the cursor of the next page.
+
+    Cursors are `bound` to whose list it is, and of what. Raises InvalidCursor.
+    """
+    if cursor:
+        query = query.where(ids < decode_cursor(cursor, *bound))
+    rows = connection.execute(query.order_by(ids.desc()).limit(limit + 1)).mappings().all()
+    following = encode_cursor(rows[limit - 1]["id"], *bound) if len(rows) > limit else None
+    return rows[:limit], following
+
+
 def _mac(key: bytes, place: bytes, scope: Scope, wanted: object) -> bytes:
     return hmac.digest(key, place + repr((scope, wanted)).encode(), "sha256")[: _CURSOR_BYTES - 16]
 

@@ -323,14 +323,12 @@ class Schedules:
     ) -> tuple[list[dict[str, Any]], str | None]:
         """Schedules, newest first, and the cursor of the next page. Raises InvalidCursor."""
         scope = scope_of(caller)
-        query = sa.select(schedules).where(*_clauses(scope), *wanted.clauses()).order_by(s.id.desc())
-        if cursor:
-            query = query.where(s.id < queries.decode_cursor(cursor, scope, wanted))
+        query = sa.select(schedules).where(*_clauses(scope), *wanted.clauses())
         with self.service.database.read() as connection:
-            rows = connection.execute(query.limit(limit + 1)).mappings().all()
-            page = _views(connection, rows[:limit])
-        following = queries.encode_cursor(page[-1]["id"], scope, wanted) if len(rows) > limit else None
-        return page, following
+            rows, following = queries.newest_first(
+                connection, query, s.id, bound=(scope, wanted), limit=limit, cursor=cursor
+            )
+            return _views(connection, rows), following
 
     def get(self, schedule_id: str, caller: Caller) -> dict[str, Any]:
         """One of them."""
@@ -422,18 +420,13 @@ class Schedules:
             sa.select(schedule_runs, j.status.label("job_status"), j.started_at, j.finished_at)
             .select_from(schedule_runs.outerjoin(jobs, j.id == r.job_id))
             .where(r.schedule_id == schedule_id)
-            .order_by(r.id.desc())
-            .limit(limit + 1)
         )
-        if cursor:
-            query = query.where(r.id < queries.decode_cursor(cursor, scope, schedule_id))
         with self.service.database.read() as connection:
             _find(connection, schedule_id, caller)
-            rows = connection.execute(query).mappings().all()
-        following = None
-        if len(rows) > limit:
-            following = queries.encode_cursor(rows[limit - 1]["id"], scope, schedule_id)
-        return [_run_view(row) for row in rows[:limit]], following
+            rows, following = queries.newest_first(
+                connection, query, r.id, bound=(scope, schedule_id), limit=limit, cursor=cursor
+            )
+        return [_run_view(row) for row in rows], following
 
     def preview(self, wanted: Preview) -> dict[str, Any]:
         """The next times of a timing, and what changing clocks do to them. Raises Unprocessable."""

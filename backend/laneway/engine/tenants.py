@@ -26,13 +26,11 @@ def page(
 ) -> tuple[list[dict[str, Any]], str | None]:
     """Tenants, newest first, and the cursor of the next page. Raises InvalidCursor."""
     bound = (Scope(caller.tenant_id), "tenants")
-    query = sa.select(*_SHOWN).order_by(t.id.desc()).limit(limit + 1)
-    if cursor:
-        query = query.where(t.id < queries.decode_cursor(cursor, *bound))
     with database.read() as connection:
-        rows = connection.execute(query).mappings().all()
-    following = queries.encode_cursor(rows[limit - 1]["id"], *bound) if len(rows) > limit else None
-    return [_view(row) for row in rows[:limit]], following
+        rows, following = queries.newest_first(
+            connection, sa.select(*_SHOWN), t.id, bound=bound, limit=limit, cursor=cursor
+        )
+    return [_view(row) for row in rows], following
 
 
 def need(database: Database, tenant_id: str) -> dict[str, Any]:

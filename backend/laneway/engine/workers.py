@@ -31,13 +31,12 @@ def page(
     """
     wanted = tuple(sorted(states)) or LIVING
     bound = (Scope(caller.tenant_id), ("workers", wanted))
-    query = sa.select(models.workers).where(w.state.in_(wanted)).order_by(w.id.desc()).limit(limit + 1)
-    if cursor:
-        query = query.where(w.id < queries.decode_cursor(cursor, *bound))
+    query = sa.select(models.workers).where(w.state.in_(wanted))
     with database.read() as connection:
-        rows = connection.execute(query).mappings().all()
-        shown = _views(connection, rows[:limit], caller)
-    return shown, queries.encode_cursor(shown[-1]["id"], *bound) if len(rows) > limit else None
+        rows, following = queries.newest_first(
+            connection, query, w.id, bound=bound, limit=limit, cursor=cursor
+        )
+        return _views(connection, rows, caller), following
 
 
 def get(database: Database, worker_id: str, caller: Caller) -> dict[str, Any]:
