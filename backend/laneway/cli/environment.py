@@ -44,7 +44,7 @@ def start_process(settings: Settings, *, api: bool = False) -> None:
     from laneway.settings import unknown_variables
 
     need_fit_for_production(settings, api=api)
-    if api:
+    if api and settings.jwt_issuers.get_secret_value():
         from laneway.clock import SystemClock
         from laneway.engine.jwt_issuers import issuers_of
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import lru_cache
 from ipaddress import ip_address, ip_network
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from uuid import UUID
 
 import sqlalchemy as sa
@@ -29,12 +29,13 @@ from laneway import models
 from laneway.clock import Clock
 from laneway.db import Database
 from laneway.engine.callers import ROLE_SCOPES, AccessScope, Caller, Role, at_least, digest_of, key_id_of
-from laneway.engine.jwt import JwtVerifier
-from laneway.engine.jwt_issuers import issuers_of
 from laneway.engine.tokens import TOKEN_PREFIX, Token, TokenSigner
 from laneway.errors import Forbidden, Unauthenticated
 from laneway.settings import Settings
 from laneway.webhooks.secrets import SecretBox
+
+if TYPE_CHECKING:
+    from laneway.engine.jwt import JwtVerifier
 
 CACHE_SECONDS = 30.0
 CACHE_SIZE = 10_000
@@ -126,12 +127,11 @@ class Callers:
     @classmethod
     def from_settings(cls, settings: Settings, database: Database, clock: Clock) -> Callers:
         """Those that the settings let in. Raises Unprocessable for settings that cannot be used."""
-        issuers = issuers_of(settings, clock)
         return cls(
             database,
             clock,
             tokens=TokenSigner(SecretBox.from_settings(settings)),
-            jwts=JwtVerifier(issuers, clock) if issuers else None,
+            jwts=_jwts_of(settings, clock) if settings.jwt_issuers.get_secret_value() else None,
         )
 
     def refresh(self) -> None:
@@ -316,3 +316,12 @@ def _is_in(address: str | None, networks: Iterable[str]) -> bool:
     except ValueError:
         return False
     return any(here in _network(cidr) for cidr in networks)
+
+
+def _jwts_of(settings: Settings, clock: Clock) -> JwtVerifier | None:
+    # Loaded only where issuers are named: what reads JWTs is a tenth of what an API loads.
+    from laneway.engine.jwt import JwtVerifier
+    from laneway.engine.jwt_issuers import issuers_of
+
+    issuers = issuers_of(settings, clock)
+    return JwtVerifier(issuers, clock) if issuers else None
