@@ -12,8 +12,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from starlette.responses import Response
 
 from laneway.api.gate import GatedRoute, access
-from laneway.api.job_history import HistoryQuery
-from laneway.api.jobs import JobQuery, Moment, as_json, by_alias, link_to, page_answer
+from laneway.api.jobs import JobQuery, Moment, PageQuery, as_json, by_alias, link_to, page_answer
 from laneway.api.queues import QueueHealth, QueueView
 from laneway.api.runtime import CallerDep, Runtime, RuntimeDep, ServiceDep, in_thread
 from laneway.api.schemas import JobPage, JobView, problems
@@ -272,7 +271,7 @@ class AuditPage(BaseModel):
     has_more: bool
 
 
-class AuditQuery(HistoryQuery):
+class AuditQuery(PageQuery):
     """Which entries: all of what is said must hold. Moments are exclusive."""
 
     tenant_id: UUID | None = None
@@ -343,7 +342,7 @@ class TenantPage(BaseModel):
 @router.get("/admin/tenants", response_model=TenantPage, operation_id="listTenants", responses=problems(400))
 @access(RateClass.DEFAULT, Role.ADMIN)
 async def list_tenants(
-    request: Request, caller: CallerDep, runtime: RuntimeDep, asked: Annotated[HistoryQuery, Query()]
+    request: Request, caller: CallerDep, runtime: RuntimeDep, asked: Annotated[PageQuery, Query()]
 ) -> Response:
     """The tenants, newest first."""
     page, following = await in_thread(

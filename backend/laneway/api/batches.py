@@ -10,7 +10,7 @@ from uuid import UUID
 
 from fastapi import APIRouter, Depends, Header, Query, Request
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 from starlette.responses import Response
 
 from laneway.api import batch_body, body_gate
@@ -19,9 +19,9 @@ from laneway.api.following import STREAMED, follow
 from laneway.api.gate import GatedRoute, access, charge_jobs
 from laneway.api.idempotency import IdempotencyKey, answered, key_of, once, replayed
 from laneway.api.jobs import (
-    MAX_PAGE,
     POLL_HINT_SECONDS,
     CancelRequest,
+    PageQuery,
     as_json,
     by_alias,
     link_to,
@@ -157,21 +157,14 @@ async def create_batch(
     return await _read_and_create(request, runtime, caller)
 
 
-class BatchQuery(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    cursor: Annotated[str, Field(max_length=100)] | None = None
-    limit: Annotated[int, Field(ge=1, le=MAX_PAGE)] = 50
-
-
-class BatchJobsQuery(BatchQuery):
+class BatchJobsQuery(PageQuery):
     status: list[Annotated[JobStatus, BeforeValidator(by_alias)]] = Field([], description="Repeatable.")
 
 
 @router.get("/batches", response_model=BatchPage, operation_id="listBatches", responses=problems(400))
 @access(RateClass.DEFAULT)
 async def list_batches(
-    request: Request, caller: CallerDep, service: ServiceDep, asked: Annotated[BatchQuery, Query()]
+    request: Request, caller: CallerDep, service: ServiceDep, asked: Annotated[PageQuery, Query()]
 ) -> Response:
     """Batches, newest first. A user sees its own; others see their tenant's."""
     page, following = await in_thread(batches.page, service, caller, limit=asked.limit, cursor=asked.cursor)

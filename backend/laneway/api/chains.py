@@ -15,7 +15,7 @@ from laneway.api.events import stream_place
 from laneway.api.following import STREAMED, follow
 from laneway.api.gate import GatedRoute, access, charge_jobs
 from laneway.api.idempotency import IdempotencyKey, answered, key_of, once, replayed
-from laneway.api.jobs import MAX_PAGE, POLL_HINT_SECONDS, CancelRequest, as_json, link_to, page_answer
+from laneway.api.jobs import POLL_HINT_SECONDS, CancelRequest, PageQuery, as_json, link_to, page_answer
 from laneway.api.runtime import CallerDep, RuntimeDep, ServiceDep, in_thread
 from laneway.api.schemas import problems
 from laneway.domain.flow import ChainSpec, ExecutionMode, Item
@@ -109,13 +109,6 @@ class ChainRunPage(BaseModel):
     has_more: bool
 
 
-class ChainQuery(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    cursor: Annotated[str, Field(max_length=100)] | None = None
-    limit: Annotated[int, Field(ge=1, le=MAX_PAGE)] = 50
-
-
 def answer(request: Request, chain: View, status: int) -> Response:
     """A chain, and where to look; with 202 also when."""
     headers = {"Location": link_to(request, f"/api/v1/chains/{chain['id']}")}
@@ -156,7 +149,7 @@ async def create_chain(
 @router.get("/chains", response_model=ChainPage, operation_id="listChains", responses=problems(400))
 @access(RateClass.DEFAULT)
 async def list_chains(
-    request: Request, caller: CallerDep, service: ServiceDep, asked: Annotated[ChainQuery, Query()]
+    request: Request, caller: CallerDep, service: ServiceDep, asked: Annotated[PageQuery, Query()]
 ) -> Response:
     """Chains, newest first. A user sees its own; others see their tenant's."""
     page, following = await in_thread(chains.page, service, caller, limit=asked.limit, cursor=asked.cursor)
@@ -267,7 +260,7 @@ async def list_chain_runs(
     chain_id: UUID,
     caller: CallerDep,
     service: ServiceDep,
-    asked: Annotated[ChainQuery, Query()],
+    asked: Annotated[PageQuery, Query()],
 ) -> Response:
     """The chain's runs, newest first."""
     page, following = await in_thread(

@@ -14,8 +14,7 @@ from starlette.responses import Response
 
 from laneway.api.gate import GatedRoute, access
 from laneway.api.idempotency import IdempotencyKey, key_of, once, replayed
-from laneway.api.job_history import HistoryQuery
-from laneway.api.jobs import MAX_PAGE, POLL_HINT_SECONDS, Moment, as_json, link_to, page_answer
+from laneway.api.jobs import MAX_PAGE, POLL_HINT_SECONDS, Moment, PageQuery, as_json, link_to, page_answer
 from laneway.api.runtime import CallerDep, Runtime, RuntimeDep, in_thread
 from laneway.api.schemas import problems
 from laneway.domain.events import EventType, SystemEvent
@@ -207,7 +206,7 @@ async def list_job_webhooks(
     job_id: UUID,
     caller: CallerDep,
     runtime: RuntimeDep,
-    asked: Annotated[HistoryQuery, Query()],
+    asked: Annotated[PageQuery, Query()],
 ) -> Response:
     """Whom the job's events were told, newest first."""
     scope = scope_of(caller)

@@ -7,11 +7,11 @@ from typing import Annotated, Literal
 from uuid import UUID
 
 from fastapi import APIRouter, Query, Request
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 from starlette.responses import Response
 
 from laneway.api.gate import GatedRoute, access
-from laneway.api.jobs import MAX_PAGE, page_answer
+from laneway.api.jobs import PageQuery, page_answer
 from laneway.api.runtime import CallerDep, ServiceDep, in_thread
 from laneway.api.schemas import ErrorView, problems
 from laneway.domain.events import EventType
@@ -79,15 +79,6 @@ class TimelinePage(BaseModel):
     has_more: bool
 
 
-class HistoryQuery(BaseModel):
-    """Which page."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    cursor: Annotated[str, Field(max_length=100)] | None = None
-    limit: Annotated[int, Field(ge=1, le=MAX_PAGE)] = 50
-
-
 @router.get(
     "/jobs/{job_id}/attempts",
     response_model=AttemptPage,
@@ -100,7 +91,7 @@ async def list_job_attempts(
     job_id: UUID,
     caller: CallerDep,
     service: ServiceDep,
-    asked: Annotated[HistoryQuery, Query()],
+    asked: Annotated[PageQuery, Query()],
 ) -> Response:
     """The job's attempts, first to last: who ran it, from when to when, and how each ended."""
     page, following = await in_thread(
@@ -121,7 +112,7 @@ async def get_job_timeline(
     job_id: UUID,
     caller: CallerDep,
     service: ServiceDep,
-    asked: Annotated[HistoryQuery, Query()],
+    asked: Annotated[PageQuery, Query()],
 ) -> Response:
     """All that happened to the job, oldest first: each change of its status, each try to tell of it.
 

@@ -7,12 +7,12 @@ from typing import Annotated, Any, Literal
 from uuid import UUID
 
 from fastapi import APIRouter, Query, Request
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 from starlette.responses import Response
 
 from laneway.api.gate import GatedRoute, access
 from laneway.api.idempotency import IdempotencyKey, key_of, once, replayed
-from laneway.api.jobs import MAX_PAGE, accepted, as_json, link_to, page_answer
+from laneway.api.jobs import PageQuery, accepted, as_json, link_to, page_answer
 from laneway.api.runtime import CallerDep, RuntimeDep, ServiceDep, in_thread
 from laneway.api.schemas import JobView, problems
 from laneway.domain.spec import JOB_TYPE_PATTERN, Priority
@@ -125,15 +125,6 @@ class PreviewView(BaseModel):
     cron_description: str
     timezone: str
     times: list[PreviewTime]
-
-
-class PageQuery(BaseModel):
-    """Which page of a list."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    cursor: Annotated[str, Field(max_length=100)] | None = None
-    limit: Annotated[int, Field(ge=1, le=MAX_PAGE)] = 50
 
 
 class ScheduleQuery(PageQuery):
