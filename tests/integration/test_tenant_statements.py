@@ -82,6 +82,8 @@ NEED_NOT: dict[str, str] = {
     ),
 }
 """By the function that asks, why its statement needs no tenant."""
+ASKS_FOR_OTHERS = "engine.queries.newest_first"
+"""It runs the statement that its caller made: the caller is who asks."""
 
 
 def tables_of(statement: str) -> frozenset[str]:
@@ -102,8 +104,9 @@ def asker() -> str:
     frame: Any = sys._getframe(1)
     while frame is not None:
         module = str(frame.f_globals.get("__name__", ""))
-        if module.startswith("laneway.") and module != "laneway.db":
-            return f"{module.removeprefix('laneway.')}.{frame.f_code.co_name}"
+        name = f"{module.removeprefix('laneway.')}.{frame.f_code.co_name}"
+        if module.startswith("laneway.") and module != "laneway.db" and name != ASKS_FOR_OTHERS:
+            return name
         frame = frame.f_back
     return "nobody"
 
