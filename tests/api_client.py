@@ -27,7 +27,7 @@ from laneway.api.edge import Edge
 from laneway.clock import SystemClock, new_id
 from laneway.db import Database
 from laneway.engine import progress
-from laneway.engine.callers import Role, create_key, ensure_tenant
+from laneway.engine.access.callers import Role, create_key, ensure_tenant
 from laneway.engine.context import Progress
 from laneway.engine.outcomes import Claimed
 from laneway.engine.transitions import Applied, Claim, Complete, Move, apply

@@ -16,7 +16,7 @@ from laneway.db import Database
 from laneway.domain.spec import JobSpec
 from laneway.domain.states import JobStatus
 from laneway.engine import flow_upkeep
-from laneway.engine.callers import Caller, Role
+from laneway.engine.access.callers import Caller, Role
 from laneway.engine.endings import Ending, Raised, Returned
 from laneway.engine.exchange import Holder, exchange
 from laneway.engine.outcomes import Claimed

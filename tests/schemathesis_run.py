@@ -32,7 +32,7 @@ import httpx
 
 from api_client import Calls, environment
 from laneway.cli import migrate
-from laneway.engine.callers import Role
+from laneway.engine.access.callers import Role
 from laneway.settings import Settings
 from servers import PostgresServer, RedisServer, Server
 

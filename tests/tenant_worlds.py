@@ -12,7 +12,7 @@ from api_client import LocalApi, reference
 from factories import add_job
 from laneway.clock import SystemClock, new_id
 from laneway.domain.states import JobStatus
-from laneway.engine.callers import Role
+from laneway.engine.access.callers import Role
 
 CANARY = "cx_victim_7f3a"
 SINCE = "2020-01-01T00:00:00Z"

@@ -13,7 +13,7 @@ from factories import TENANT
 from laneway.clock import FrozenClock, new_id
 from laneway.db import Database
 from laneway.domain.spec import JobSpec
-from laneway.engine.callers import Caller, Role
+from laneway.engine.access.callers import Caller, Role
 from laneway.engine.registry import load
 from laneway.engine.service import JobService
 from laneway.errors import LanewayError

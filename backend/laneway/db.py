@@ -36,7 +36,7 @@ BREAK_SECONDS = 1.0
 SQLITE_BUSY_SECONDS = 10.0
 
 TENANT_ROLE = "laneway_tenant"
-"""The role, on PostgreSQL, that row-level security holds to one tenant (engine/row_security.py)."""
+"""The role, on PostgreSQL, that row-level security holds to one tenant (engine/access/row_security.py)."""
 
 TENANT_VARIABLE = "laneway.tenant"
 

@@ -82,7 +82,7 @@ api_keys = sa.Table(
     sa.Index("ix_api_keys_updated_at", "updated_at"),  # every API process asks what changed just now
 )
 
-# Who did what that others should be able to look up (engine/audit.py). The store itself refuses to change it.
+# Who did what that others should be able to look up (engine/access/audit.py). The store refuses to change it.
 audit_log = sa.Table(
     "audit_log",
     metadata,

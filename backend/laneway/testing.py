@@ -30,7 +30,7 @@ import sqlalchemy as sa
 
 from laneway import models
 from laneway.clock import Clock, FrozenClock, SystemClock
-from laneway.engine.callers import webhook_secret
+from laneway.engine.access.callers import webhook_secret
 from laneway.engine.queries import view
 from laneway.errors import WebhookNotVerified
 from laneway.sdk.backend import use

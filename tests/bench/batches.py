@@ -10,8 +10,8 @@ from bench import over_http
 from bench.client import Connection
 from bench.ground import LanewayGround, Stores
 from laneway.engine import batches
+from laneway.engine.access.callers import Caller, Role
 from laneway.engine.batches import BatchSpec
-from laneway.engine.callers import Caller, Role
 
 
 def accepted(stores: Stores, store: str, *, jobs: int) -> dict[str, float]:

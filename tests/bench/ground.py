@@ -25,7 +25,7 @@ from laneway.clock import SystemClock
 from laneway.db import Database
 from laneway.domain.spec import JobSpec
 from laneway.domain.states import Action, JobStatus
-from laneway.engine.callers import Caller, Role, create_key, ensure_tenant
+from laneway.engine.access.callers import Caller, Role, create_key, ensure_tenant
 from laneway.engine.registry import load
 from laneway.engine.service import JobService
 from laneway.lanes.rq_lanes import RqLanes

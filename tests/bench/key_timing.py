@@ -25,9 +25,9 @@ from laneway import models
 from laneway.cli import migrate
 from laneway.clock import SystemClock, new_id
 from laneway.db import Database
-from laneway.engine import credentials
-from laneway.engine.callers import Role, _check, create_key, key_id_of, make_key
-from laneway.engine.credentials import Callers
+from laneway.engine.access import credentials
+from laneway.engine.access.callers import Role, _check, create_key, key_id_of, make_key
+from laneway.engine.access.credentials import Callers
 from laneway.errors import Unauthenticated
 
 ROUNDS = 2000

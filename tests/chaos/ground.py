@@ -31,7 +31,7 @@ from laneway.cli.embedded import die_with_parent
 from laneway.cli.environment import listen
 from laneway.clock import new_id
 from laneway.db import Database
-from laneway.engine.callers import Role, create_key, ensure_tenant, webhook_secret
+from laneway.engine.access.callers import Role, create_key, ensure_tenant, webhook_secret
 from laneway.settings import Settings
 from laneway.webhooks.secrets import SecretBox
 from servers import PostgresServer, RedisServer, Server

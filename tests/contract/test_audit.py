@@ -11,8 +11,8 @@ import sqlalchemy as sa
 from factories import OTHER_TENANT, TENANT, rows_of
 from laneway import models
 from laneway.db import Database
-from laneway.engine.audit import MAX_FACTS_BYTES, AuditAction, AuditFilter, page, record
-from laneway.engine.callers import Caller, Role
+from laneway.engine.access.audit import MAX_FACTS_BYTES, AuditAction, AuditFilter, page, record
+from laneway.engine.access.callers import Caller, Role
 from laneway.errors import PayloadTooLarge
 
 OLGA = Caller(TENANT, "olga", Role.OPERATOR, "k" * 12, address="192.0.2.7", request_id="r-1")

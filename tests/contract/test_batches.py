@@ -27,8 +27,8 @@ from laneway.clock import FrozenClock, new_id
 from laneway.db import Database
 from laneway.domain.states import FINAL, JobStatus
 from laneway.engine import batch_ends, batches
+from laneway.engine.access.callers import Caller, Role
 from laneway.engine.batches import MAX_TOLD, BatchSpec
-from laneway.engine.callers import Caller, Role
 from laneway.engine.cancels import Manner
 from laneway.engine.endings import Returned
 from laneway.engine.idempotency import Key, Replayed

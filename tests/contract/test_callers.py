@@ -16,8 +16,8 @@ from factories import NOW, TENANT, at_once, change, rows_of
 from laneway import models
 from laneway.clock import FrozenClock
 from laneway.db import Database
-from laneway.engine import callers, credentials
-from laneway.engine.callers import (
+from laneway.engine.access import callers, credentials
+from laneway.engine.access.callers import (
     ADMIN_KEY_FILE,
     DEFAULT_TENANT,
     Caller,
@@ -29,7 +29,7 @@ from laneway.engine.callers import (
     make_key,
     webhook_secret,
 )
-from laneway.engine.credentials import CACHE_SECONDS, CACHE_SIZE, Callers
+from laneway.engine.access.credentials import CACHE_SECONDS, CACHE_SIZE, Callers
 from laneway.errors import Forbidden, LanewayError, NotFound, Unauthenticated
 from laneway.webhooks.secrets import KEY_BYTES, SecretBox, tenant_context
 

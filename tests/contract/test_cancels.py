@@ -30,7 +30,7 @@ from laneway.db import Database
 from laneway.domain.spec import Priority
 from laneway.domain.states import ACTIVE, FINAL, WAITING, JobStatus
 from laneway.engine import cancels
-from laneway.engine.callers import Caller, Role
+from laneway.engine.access.callers import Caller, Role
 from laneway.engine.cancels import BATCH_ROWS, MAX_CANCELLED, ActiveJobs, Cancelled, Manner, cancel_all
 from laneway.engine.endings import Returned, Unfinished
 from laneway.engine.exchange import Holder, exchange

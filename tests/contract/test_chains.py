@@ -30,7 +30,7 @@ from laneway.db import Database
 from laneway.domain.flow import ChainSpec
 from laneway.domain.states import FINAL
 from laneway.engine import chain_runs, chains
-from laneway.engine.callers import Caller, Role
+from laneway.engine.access.callers import Caller, Role
 from laneway.engine.doctor import examine
 from laneway.engine.endings import Ending, Raised, Returned
 from laneway.engine.outcomes import Claimed

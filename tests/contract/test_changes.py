@@ -16,7 +16,7 @@ from laneway.clock import FrozenClock, new_id
 from laneway.db import Database
 from laneway.domain.spec import JobChange
 from laneway.domain.states import ACTIVE, FINAL, WAITING, JobStatus
-from laneway.engine.callers import Caller, Role
+from laneway.engine.access.callers import Caller, Role
 from laneway.engine.changes import change
 from laneway.engine.outcomes import Claimed, carry_out
 from laneway.engine.registry import JobType, Registry

@@ -26,7 +26,7 @@ from laneway.db import Database
 from laneway.domain.retry import DeadLetterReason
 from laneway.domain.states import FINAL, JobStatus
 from laneway.engine import dead_letters
-from laneway.engine.callers import Caller, Role
+from laneway.engine.access.callers import Caller, Role
 from laneway.engine.dead_letters import MAX_SAMPLE, Bulk, DeadLetterFilter, purge, retry_all
 from laneway.engine.outcomes import carry_out
 from laneway.engine.queries import JobFilter

@@ -18,7 +18,7 @@ from laneway.db import Database
 from laneway.domain.spec import JobSpec
 from laneway.domain.states import JobStatus
 from laneway.engine import idempotency
-from laneway.engine.callers import Caller, Role
+from laneway.engine.access.callers import Caller, Role
 from laneway.engine.group_commit import commit_each
 from laneway.engine.idempotency import KEPT_FOR, Key, Replayed
 from laneway.engine.registry import JobType, Registry

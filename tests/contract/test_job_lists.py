@@ -18,7 +18,7 @@ from laneway.db import Database
 from laneway.domain.spec import JobSpec
 from laneway.domain.states import JobStatus
 from laneway.engine import queries
-from laneway.engine.callers import Caller, Role
+from laneway.engine.access.callers import Caller, Role
 from laneway.engine.queries import MAX_SEARCHED, JobFilter, Scope, decode_cursor, encode_cursor, sign_cursors
 from laneway.engine.registry import JobType, Registry
 from laneway.engine.service import JobService

@@ -15,11 +15,11 @@ from factories import NOW, OTHER_TENANT, TENANT, change, rows_of
 from laneway import models
 from laneway.clock import FrozenClock
 from laneway.db import Database
-from laneway.engine import keys as keys_module
-from laneway.engine.callers import ROLE_SCOPES, AccessScope, Caller, Role, create_key, key_id_of
-from laneway.engine.credentials import LAST_USED_SECONDS, Callers
-from laneway.engine.key_watch import OVERLAP_SECONDS, KeyWatch
-from laneway.engine.keys import MAX_CIDRS, MAX_KEYS, KeyChange, Keys, NewKey, tenant_of
+from laneway.engine.access import keys as keys_module
+from laneway.engine.access.callers import ROLE_SCOPES, AccessScope, Caller, Role, create_key, key_id_of
+from laneway.engine.access.credentials import LAST_USED_SECONDS, Callers
+from laneway.engine.access.key_watch import OVERLAP_SECONDS, KeyWatch
+from laneway.engine.access.keys import MAX_CIDRS, MAX_KEYS, KeyChange, Keys, NewKey, tenant_of
 from laneway.errors import Conflict, Forbidden, KeyNotFound, Unauthenticated, Unprocessable
 
 ROOT = Caller(TENANT, "root", Role.ADMIN)

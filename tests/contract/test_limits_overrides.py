@@ -15,9 +15,9 @@ from factories import NOW, OTHER_TENANT, TENANT
 from laneway import models
 from laneway.clock import FrozenClock, SystemClock
 from laneway.db import Database
-from laneway.engine import overrides
-from laneway.engine.override_watch import OverrideWatch
-from laneway.engine.overrides import MAX_OVERRIDES, MAX_SUBJECT, OverrideSpec
+from laneway.engine.access import overrides
+from laneway.engine.access.override_watch import OverrideWatch
+from laneway.engine.access.overrides import MAX_OVERRIDES, MAX_SUBJECT, OverrideSpec
 from laneway.errors import Conflict, NotFound, TenantNotFound, Unprocessable
 from laneway.limits.rule_book import Override
 from laneway.limits.rules import Policy

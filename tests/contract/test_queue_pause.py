@@ -14,7 +14,7 @@ from laneway.clock import FrozenClock, new_id
 from laneway.db import Database
 from laneway.domain.states import WAITING, JobStatus
 from laneway.engine import cancels, doctor, pauses, queues, upkeep
-from laneway.engine.callers import Caller, Role
+from laneway.engine.access.callers import Caller, Role
 from laneway.engine.registry import load
 from laneway.engine.service import JobService
 from laneway.engine.transitions import Applied, Claim, apply

@@ -23,7 +23,7 @@ from laneway.clock import FrozenClock, new_id
 from laneway.db import Database
 from laneway.domain.payload import MAX_BYTES
 from laneway.domain.states import FINAL, RULES, Action, JobStatus
-from laneway.engine.callers import Caller, Role
+from laneway.engine.access.callers import Caller, Role
 from laneway.engine.endings import Raised
 from laneway.engine.outcomes import MAX_TRACEBACK, Claimed, carry_out, decide
 from laneway.engine.registry import JobType, Registry

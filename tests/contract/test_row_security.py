@@ -13,7 +13,7 @@ from factories import OTHER_TENANT, TENANT, add_job, job_row
 from laneway import models
 from laneway.cli.store import NotMigrated, need_migrated
 from laneway.db import Database, acting_for
-from laneway.engine import row_security
+from laneway.engine.access import row_security
 from laneway.settings import Settings
 
 j = models.jobs.c

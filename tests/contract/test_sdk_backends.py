@@ -37,7 +37,7 @@ from laneway import (
     poll,
 )
 from laneway.engine import chains, queues
-from laneway.engine.callers import Caller, Role
+from laneway.engine.access.callers import Caller, Role
 from laneway.errors import (
     InvalidParameters,
     InvalidPayload,

@@ -18,7 +18,7 @@ from laneway import JobManager, models
 from laneway.clock import SystemClock
 from laneway.db import Database
 from laneway.engine import upkeep
-from laneway.engine.callers import ensure_tenant
+from laneway.engine.access.callers import ensure_tenant
 from laneway.engine.registry import load
 from laneway.engine.service import JobService
 from laneway.errors import InvalidParameters, Unprocessable

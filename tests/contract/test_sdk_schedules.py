@@ -12,7 +12,7 @@ from laneway import background_job, models, scheduled_job
 from laneway.clock import FrozenClock
 from laneway.db import Database
 from laneway.engine import registry as registry_module
-from laneway.engine.callers import ensure_tenant
+from laneway.engine.access.callers import ensure_tenant
 from laneway.engine.registry import Registry
 from laneway.engine.service import JobService
 from laneway.lanes.memory_lanes import MemoryLanes

@@ -32,7 +32,7 @@ from laneway.db import Database
 from laneway.domain.spec import JobSpec
 from laneway.domain.states import FINAL, WAITING, JobStatus
 from laneway.engine import queries
-from laneway.engine.callers import Caller, Role
+from laneway.engine.access.callers import Caller, Role
 from laneway.engine.group_commit import GroupCommit
 from laneway.engine.outcomes import carry_out
 from laneway.engine.queries import JobFilter, Scope

@@ -15,7 +15,7 @@ from factories import add_job, change
 from laneway import models
 from laneway.clock import new_id
 from laneway.domain.states import JobStatus
-from laneway.engine.callers import Role, key_id_of, make_key
+from laneway.engine.access.callers import Role, key_id_of, make_key
 
 OPERATIONS = [
     (

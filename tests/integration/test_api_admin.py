@@ -13,7 +13,7 @@ from laneway import models
 from laneway.clock import SystemClock, new_id
 from laneway.domain.states import FINAL, JobStatus
 from laneway.engine import administration, statistics
-from laneway.engine.callers import Role
+from laneway.engine.access.callers import Role
 
 
 @pytest.fixture

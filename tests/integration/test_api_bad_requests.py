@@ -10,7 +10,7 @@ import pytest
 
 from api_client import LocalApi, reference
 from laneway.clock import new_id
-from laneway.engine.callers import Role
+from laneway.engine.access.callers import Role
 
 MIB = 1024 * 1024
 JSON = {"Content-Type": "application/json"}

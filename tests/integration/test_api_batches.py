@@ -15,8 +15,8 @@ from laneway import models
 from laneway.api import batch_body
 from laneway.clock import SystemClock
 from laneway.engine import batches
+from laneway.engine.access.callers import Caller, Role
 from laneway.engine.batches import MAX_JOBS, BatchSpec
-from laneway.engine.callers import Caller, Role
 from laneway.engine.outcomes import carry_out
 from laneway.engine.transitions import ForceComplete
 from servers import wait_until

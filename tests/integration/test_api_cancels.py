@@ -11,7 +11,7 @@ from factories import add_job, job_row, status_of
 from laneway.api.cancels import MAX_IDS
 from laneway.clock import new_id
 from laneway.domain.states import FINAL, JobStatus
-from laneway.engine.callers import Role
+from laneway.engine.access.callers import Role
 from laneway.engine.cancels import MAX_CANCELLED
 
 

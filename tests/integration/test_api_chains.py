@@ -9,7 +9,7 @@ from typing import Any
 from api_client import LocalApi, ServedApi, WorkerProcess, claim
 from laneway.clock import SystemClock, new_id
 from laneway.domain.flow import MAX_STEPS
-from laneway.engine.callers import Role
+from laneway.engine.access.callers import Role
 from laneway.engine.outcomes import carry_out
 from laneway.engine.transitions import Stop
 from servers import wait_until

@@ -13,7 +13,7 @@ from factories import add_job
 from laneway.api import compat
 from laneway.clock import SystemClock
 from laneway.domain.states import JobStatus
-from laneway.engine.callers import Role
+from laneway.engine.access.callers import Role
 
 SCHEDULE = {"name": "hourly", "job_type": "demo.noop", "interval_seconds": 3600}
 CHAIN = {"name": "two", "chain_definition": [{"job_type": "demo.noop"}, {"job_type": "demo.noop"}]}

@@ -12,7 +12,7 @@ from api_client import LocalApi
 from factories import NOW, add_job, events_of, job_row
 from laneway.clock import new_id
 from laneway.domain.states import JobStatus
-from laneway.engine.callers import Role
+from laneway.engine.access.callers import Role
 from laneway.engine.dead_letters import MAX_BULK, MAX_SAMPLE
 
 

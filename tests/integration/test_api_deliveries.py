@@ -14,7 +14,7 @@ from laneway import models
 from laneway.clock import SystemClock, first_id, new_id
 from laneway.domain.states import JobStatus
 from laneway.engine import recoveries, webhook_ledger
-from laneway.engine.callers import Role
+from laneway.engine.access.callers import Role
 from laneway.webhooks.messages import Target, Told, message_id, record
 from laneway.webhooks.retries import QUICK_SECONDS
 from webhook_office import Office

@@ -11,7 +11,7 @@ from api_client import LocalApi, reference
 from factories import add_job
 from laneway.api.examples import EXAMPLES
 from laneway.domain.states import JobStatus
-from laneway.engine.callers import Role
+from laneway.engine.access.callers import Role
 
 OPERATIONS = {
     operation["operationId"]: (method.upper(), path.removeprefix("/api/v1"), operation)

@@ -12,7 +12,7 @@ from factories import add_job, add_webhook, change, events_of
 from laneway import models
 from laneway.clock import SystemClock, new_id
 from laneway.domain.states import ACTIVE, FINAL, JobStatus
-from laneway.engine.callers import Role
+from laneway.engine.access.callers import Role
 from laneway.engine.outcomes import Claimed, error_record
 from laneway.engine.transitions import (
     BackOff,

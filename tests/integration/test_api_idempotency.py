@@ -15,7 +15,7 @@ from laneway import models
 from laneway.api import idempotency
 from laneway.clock import SystemClock, new_id
 from laneway.domain.states import JobStatus
-from laneway.engine.callers import Caller, Role
+from laneway.engine.access.callers import Caller, Role
 from laneway.engine.idempotency import Key, begin, keep
 
 NOOP = {"job_type": "demo.noop"}

@@ -16,7 +16,7 @@ from laneway.api.schemas import JobStatusView, JobView
 from laneway.clock import SystemClock, first_id, new_id
 from laneway.db import Database
 from laneway.domain.states import ACTIVE, FINAL, JobStatus
-from laneway.engine.callers import Role
+from laneway.engine.access.callers import Role
 from laneway.engine.transitions import BackOff, apply
 from servers import wait_until
 

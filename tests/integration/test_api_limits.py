@@ -23,9 +23,9 @@ from laneway.api.gate import GatedRoute, access, charge_jobs
 from laneway.api.jobs import as_json
 from laneway.clock import SystemClock, new_id
 from laneway.domain.states import JobStatus
-from laneway.engine import overrides
-from laneway.engine.callers import Role
-from laneway.engine.overrides import OverrideSpec
+from laneway.engine.access import overrides
+from laneway.engine.access.callers import Role
+from laneway.engine.access.overrides import OverrideSpec
 from laneway.limits import redis_windows
 from laneway.limits.rules import Policy, RateClass
 from laneway.settings import Settings

@@ -13,7 +13,7 @@ from factories import add_job, add_worker
 from laneway import models
 from laneway.clock import SystemClock
 from laneway.domain.states import JobStatus
-from laneway.engine.callers import Role
+from laneway.engine.access.callers import Role
 from servers import RedisServer
 
 

@@ -11,7 +11,7 @@ from api_client import LocalApi, claim, complete
 from factories import add_job, job_row
 from laneway.clock import new_id
 from laneway.domain.states import RULES, Action, JobStatus
-from laneway.engine.callers import Role
+from laneway.engine.access.callers import Role
 
 RETRIED = sorted(RULES[Action.RETRY].sources)
 

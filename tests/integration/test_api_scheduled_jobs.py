@@ -13,7 +13,7 @@ from laneway import models
 from laneway.clock import new_id
 from laneway.domain.cadence import MAX_EXPRESSION
 from laneway.domain.spec import MAX_SECONDS
-from laneway.engine.callers import Role
+from laneway.engine.access.callers import Role
 from laneway.engine.schedules import MAX_JITTER_SECONDS, MAX_PREVIEWED, MAX_SCHEDULES
 from laneway.engine.slot_plan import MAX_ACTIVE_RUNS
 from laneway.settings import Settings

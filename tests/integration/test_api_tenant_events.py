@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from api_client import RATE_HEADERS, LocalApi, ServedApi, WorkerProcess, claim, complete, report
 from laneway import models
 from laneway.clock import SystemClock
-from laneway.engine.callers import Role
+from laneway.engine.access.callers import Role
 from laneway.engine.happenings import REPLAYED_FOR
 from laneway.lanes.live import RedisNews
 from servers import wait_until

@@ -18,7 +18,7 @@ from api_client import LocalApi
 from factories import at_once, rows_of
 from laneway import models
 from laneway.clock import new_id
-from laneway.engine.callers import Role
+from laneway.engine.access.callers import Role
 from laneway.webhooks.endpoints import MAX_ENDPOINTS
 from laneway.webhooks.retries import QUICK_SECONDS, STANDARD_SECONDS
 from webhook_desk import wait_for_waiter

@@ -12,7 +12,7 @@ from factories import add_job, add_worker
 from laneway import __version__
 from laneway.clock import SystemClock, new_id
 from laneway.domain.states import JobStatus
-from laneway.engine.callers import Role
+from laneway.engine.access.callers import Role
 from laneway.engine.workers import MAX_HELD_SHOWN
 from servers import wait_until
 

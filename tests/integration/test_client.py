@@ -15,7 +15,7 @@ import pytest
 from api_client import ServedApi, claim, complete, reference, report
 from laneway import errors
 from laneway.domain.states import JobStatus
-from laneway.engine.callers import Role
+from laneway.engine.access.callers import Role
 from laneway.sdk import answers
 from laneway.sdk.client import AsyncLanewayClient, LanewayClient
 

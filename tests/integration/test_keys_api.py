@@ -16,8 +16,8 @@ from factories import change, rows_of
 from laneway import models
 from laneway.api.authentication import is_known, scope_of
 from laneway.clock import new_id
-from laneway.engine.callers import ROLE_SCOPES, AccessScope, Role, create_key, key_id_of
-from laneway.engine.key_watch import POLL_SECONDS
+from laneway.engine.access.callers import ROLE_SCOPES, AccessScope, Role, create_key, key_id_of
+from laneway.engine.access.key_watch import POLL_SECONDS
 from servers import wait_until
 
 UNSCOPED = {"getMe", "getRateLimits", "createToken"}
@@ -108,7 +108,7 @@ class NeverForgets(ServedApi):
 
     PROGRAM = """
 import sys, uvicorn
-from laneway.engine import credentials
+from laneway.engine.access import credentials
 credentials.CACHE_SECONDS = 1e9
 uvicorn.run("laneway.api.app:create_app", factory=True, uds=sys.argv[1], access_log=False)
 """

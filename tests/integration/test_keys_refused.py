@@ -16,8 +16,8 @@ from factories import change
 from jwt_forge import FORGED, Forge
 from laneway import models
 from laneway.api.edge import Edge
-from laneway.engine.callers import Role, _check, key_id_of, make_key
-from laneway.engine.tokens import TokenSigner, token_end
+from laneway.engine.access.callers import Role, _check, key_id_of, make_key
+from laneway.engine.access.tokens import TokenSigner, token_end
 from laneway.webhooks.secrets import KEY_BYTES, SecretBox
 
 LONG_AGO = datetime(2020, 1, 1, tzinfo=UTC)

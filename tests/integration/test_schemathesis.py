@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from laneway.engine.callers import Role
+from laneway.engine.access.callers import Role
 from schemathesis_run import ROLES, TcpApi, run, served, server_errors
 
 OPERATIONS = 60  # at least so many are there, and each is sent to

@@ -18,8 +18,8 @@ import httpx
 import pytest
 
 from api_client import LocalApi, ServedApi, reference
-from laneway.engine import row_security
-from laneway.engine.callers import Role
+from laneway.engine.access import row_security
+from laneway.engine.access.callers import Role
 from laneway.engine.queries import Clauses, Scope
 from tenant_worlds import CANARY, CONSTANTS, ITS_OWN, KIND_OF, STEP, Operation, World, nobodys, operations
 

@@ -17,8 +17,9 @@ import sqlalchemy as sa
 
 from api_client import LocalApi
 from laneway.db import acting_for
-from laneway.engine import queries, row_security
-from laneway.engine.callers import Role
+from laneway.engine import queries
+from laneway.engine.access import row_security
+from laneway.engine.access.callers import Role
 from laneway.engine.queries import Clauses, Scope
 from tenant_worlds import ITS_OWN, World, operations
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from api_client import LocalApi
 from laneway.clock import new_id
-from laneway.engine.callers import Role, key_id_of
+from laneway.engine.access.callers import Role, key_id_of
 
 
 def token(api: LocalApi, key: str = "", **wanted: Any) -> str:

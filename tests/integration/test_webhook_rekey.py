@@ -14,7 +14,7 @@ from standardwebhooks.webhooks import Webhook
 from factories import rows_of
 from laneway.clock import new_id
 from laneway.db import Database
-from laneway.engine.callers import rotate_webhook_secret
+from laneway.engine.access.callers import rotate_webhook_secret
 from laneway.models import tenants, webhook_endpoints
 from laneway.webhooks import rekey as rekey_module
 from laneway.webhooks.papers import endpoint_context, signing_key_context

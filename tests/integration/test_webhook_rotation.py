@@ -16,7 +16,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from laneway.db import Database
-from laneway.engine.callers import rotate_webhook_secret
+from laneway.engine.access.callers import rotate_webhook_secret
 from laneway.errors import WebhookNotVerified
 from laneway.webhooks.secrets import MAX_SECRETS, new_webhook_secret
 from laneway.webhooks.signing import verify_webhook

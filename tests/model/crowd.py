@@ -28,7 +28,7 @@ from laneway.clock import FrozenClock, new_id
 from laneway.db import Database
 from laneway.domain.states import JobStatus
 from laneway.engine import upkeep
-from laneway.engine.callers import Caller, Role
+from laneway.engine.access.callers import Caller, Role
 from laneway.engine.group_commit import commit_each
 from laneway.engine.outcomes import carry_out
 from laneway.engine.registry import Registry

@@ -25,7 +25,7 @@ from laneway.db import Database
 from laneway.domain.spec import JobSpec, Priority, lane_of
 from laneway.domain.states import JobStatus
 from laneway.engine import leases, progress, queries, reaper, upkeep
-from laneway.engine.callers import Caller, Role
+from laneway.engine.access.callers import Caller, Role
 from laneway.engine.context import Progress
 from laneway.engine.endings import Cancelled, Crashed, Ending, Raised, Returned, TimedOut, Unfinished
 from laneway.engine.exchange import Holder, exchange

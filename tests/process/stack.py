@@ -17,7 +17,7 @@ import sqlalchemy as sa
 from laneway.clock import SystemClock, new_id
 from laneway.db import Database
 from laneway.domain.spec import JobSpec
-from laneway.engine.callers import Caller, Role
+from laneway.engine.access.callers import Caller, Role
 from laneway.engine.registry import load
 from laneway.engine.service import JobService
 from laneway.lanes.live import RedisNews

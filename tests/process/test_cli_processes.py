@@ -14,7 +14,7 @@ import pytest
 from laneway.clock import SystemClock
 from laneway.db import Database
 from laneway.domain.spec import JobSpec
-from laneway.engine.callers import Caller, Role, ensure_tenant
+from laneway.engine.access.callers import Caller, Role, ensure_tenant
 from laneway.engine.registry import load
 from laneway.engine.service import JobService
 from laneway.lanes.rq_lanes import RqLanes

@@ -13,8 +13,8 @@ import pytest
 from laneway.cli import migrate
 from laneway.clock import SystemClock
 from laneway.db import Database
-from laneway.engine.callers import Caller, Role
-from laneway.engine.credentials import Callers
+from laneway.engine.access.callers import Caller, Role
+from laneway.engine.access.credentials import Callers
 from laneway_process import environment, laneway
 from webhook_receiver import Receiver
 

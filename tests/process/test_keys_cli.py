@@ -10,8 +10,8 @@ import pytest
 
 from laneway.clock import SystemClock
 from laneway.db import Database
-from laneway.engine.callers import AccessScope
-from laneway.engine.credentials import Callers
+from laneway.engine.access.callers import AccessScope
+from laneway.engine.access.credentials import Callers
 from laneway.errors import Unauthenticated
 from laneway_process import laneway
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from laneway.engine.callers import Caller
+from laneway.engine.access.callers import Caller
 from process.stack import Stack
 
 

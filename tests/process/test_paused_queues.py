@@ -8,7 +8,7 @@ import pytest
 
 from laneway.clock import SystemClock
 from laneway.engine import administration, queues
-from laneway.engine.callers import Caller, Role
+from laneway.engine.access.callers import Caller, Role
 from process.stack import Stack
 from servers import RedisServer
 

@@ -35,7 +35,7 @@ from laneway.api.gate import Access, GatedRoute, access
 from laneway.api.jobs import as_json, wait_asked
 from laneway.api.problems import codes, of_error, problem
 from laneway.api.streams import Streams
-from laneway.engine.callers import Caller, Role
+from laneway.engine.access.callers import Caller, Role
 from laneway.errors import FieldError, InvalidPayload, JobNotFound, RateLimited, StorageUnavailable
 from laneway.limits.rules import RateClass
 

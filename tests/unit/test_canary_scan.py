@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from canaries import main, secrets_in
-from laneway.engine.callers import make_key
+from laneway.engine.access.callers import make_key
 from laneway.webhooks.secrets import new_webhook_secret
 
 KINDS = {

@@ -9,9 +9,9 @@ import pytest
 
 from jwt_forge import FORGED, Forge
 from laneway.clock import FrozenClock
-from laneway.engine.callers import Role
-from laneway.engine.jwt import MAX_JWT_CHARACTERS, JwtVerifier
-from laneway.engine.jwt_issuers import parse_issuers
+from laneway.engine.access.callers import Role
+from laneway.engine.access.jwt import MAX_JWT_CHARACTERS, JwtVerifier
+from laneway.engine.access.jwt_issuers import parse_issuers
 from laneway.errors import Unauthenticated
 
 

@@ -14,9 +14,9 @@ from joserfc.jwk import ECKey, OctKey, OKPKey, RSAKey
 
 from jwt_forge import AUDIENCE, SECRET, Forge
 from laneway.clock import FrozenClock
-from laneway.engine.jwt import JwtVerifier
-from laneway.engine.jwt_issuers import MAX_ISSUERS, parse_issuers
-from laneway.engine.key_sets import (
+from laneway.engine.access.jwt import JwtVerifier
+from laneway.engine.access.jwt_issuers import MAX_ISSUERS, parse_issuers
+from laneway.engine.access.key_sets import (
     FETCH_SECONDS,
     FRESH_SECONDS,
     KEPT_SECONDS,

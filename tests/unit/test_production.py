@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from laneway.api.app import create_app
-from laneway.engine.production import NotForProduction, need_fit_for_production, troubles
+from laneway.engine.access.production import NotForProduction, need_fit_for_production, troubles
 from laneway.settings import Settings
 
 

@@ -45,7 +45,7 @@ from laneway import (
 from laneway.clock import FrozenClock
 from laneway.domain.spec import JobSpec
 from laneway.engine import registry as registry_module
-from laneway.engine.callers import Caller, Role, ensure_tenant
+from laneway.engine.access.callers import Caller, Role, ensure_tenant
 from laneway.engine.registry import Registry
 from laneway.errors import InvalidPayload, StorageUnavailable
 from laneway.sdk.backend import connect, current_backend, use

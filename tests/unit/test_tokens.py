@@ -11,8 +11,8 @@ import pytest
 
 from factories import NOW, TENANT
 from laneway.clock import new_id
-from laneway.engine.callers import ROLE_SCOPES, AccessScope, Caller, Role
-from laneway.engine.tokens import MAX_TOKEN_CHARACTERS, MAX_TOKEN_SECONDS, TokenSigner, token_end
+from laneway.engine.access.callers import ROLE_SCOPES, AccessScope, Caller, Role
+from laneway.engine.access.tokens import MAX_TOKEN_CHARACTERS, MAX_TOKEN_SECONDS, TokenSigner, token_end
 from laneway.errors import Forbidden, Unauthenticated, Unprocessable
 from laneway.webhooks.secrets import KEY_BYTES, SecretBox
 

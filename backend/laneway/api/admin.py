@@ -17,11 +17,12 @@ from laneway.api.queues import QueueHealth, QueueView
 from laneway.api.runtime import CallerDep, Runtime, RuntimeDep, ServiceDep, in_thread
 from laneway.api.schemas import JobPage, JobView, problems
 from laneway.domain.states import FINAL, JobStatus
-from laneway.engine import administration, audit, overrides, queries, queues, statistics, tenants
+from laneway.engine import administration, queries, queues, statistics
+from laneway.engine.access import audit, overrides, tenants
+from laneway.engine.access.audit import AuditAction, AuditFilter
+from laneway.engine.access.callers import Caller, Role
+from laneway.engine.access.overrides import MAX_SUBJECT, OverrideSpec
 from laneway.engine.administration import CLEANED_UP_UNNAMED, MAX_CLEANED_UP, AdminFilter
-from laneway.engine.audit import AuditAction, AuditFilter
-from laneway.engine.callers import Caller, Role
-from laneway.engine.overrides import MAX_SUBJECT, OverrideSpec
 from laneway.engine.queries import MAX_COUNTED, Scope
 from laneway.engine.statistics import MAX_SAMPLED
 from laneway.limits.rules import Policy, RateClass

@@ -14,8 +14,8 @@ from laneway.api.gate import GatedRoute, access
 from laneway.api.jobs import as_json, link_to
 from laneway.api.runtime import CallerDep, Runtime, RuntimeDep, in_thread
 from laneway.api.schemas import problems
-from laneway.engine.callers import AccessScope, Caller, Role
-from laneway.engine.keys import MAX_OVERLAP_SECONDS, OVERLAP_SECONDS, KeyChange, Keys, NewKey
+from laneway.engine.access.callers import AccessScope, Caller, Role
+from laneway.engine.access.keys import MAX_OVERLAP_SECONDS, OVERLAP_SECONDS, KeyChange, Keys, NewKey
 from laneway.limits.rules import RateClass
 
 router = APIRouter(route_class=GatedRoute, tags=["api-keys"])

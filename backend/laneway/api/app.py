@@ -40,7 +40,7 @@ from laneway.api.gate import GatedRoute
 from laneway.api.hosts import HostCheck, allowed_hosts
 from laneway.api.leaving import Leaving
 from laneway.api.runtime import Runtime
-from laneway.engine.production import need_fit_for_production
+from laneway.engine.access.production import need_fit_for_production
 from laneway.settings import Settings, get_settings
 
 BASE = "/api/v1"

@@ -14,9 +14,9 @@ from laneway.api.gate import GatedRoute, access
 from laneway.api.jobs import as_json
 from laneway.api.runtime import CallerDep, RuntimeDep, in_thread
 from laneway.api.schemas import problems
-from laneway.engine.callers import AccessScope
+from laneway.engine.access.callers import AccessScope
+from laneway.engine.access.tokens import MAX_TOKEN_SECONDS, token_end
 from laneway.engine.queries import stamp
-from laneway.engine.tokens import MAX_TOKEN_SECONDS, token_end
 from laneway.limits.rules import RateClass
 
 router = APIRouter(route_class=GatedRoute, tags=["auth"])

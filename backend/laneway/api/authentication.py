@@ -11,7 +11,7 @@ from dataclasses import replace
 from fastapi import Request
 
 from laneway.api.runtime import Runtime, in_thread
-from laneway.engine.callers import AccessScope, Caller
+from laneway.engine.access.callers import AccessScope, Caller
 from laneway.errors import Forbidden, JobNotFound, Unauthenticated
 
 WHAT_TO_SEND = "send a valid API key or token: Authorization: Bearer <key>"

@@ -32,8 +32,8 @@ from laneway.api.schemas import JobPage, problems
 from laneway.domain.spec import JobSpec
 from laneway.domain.states import JobStatus
 from laneway.engine import batches
+from laneway.engine.access.callers import Caller
 from laneway.engine.batches import MAX_JOBS, BatchSpec
-from laneway.engine.callers import Caller
 from laneway.engine.cancels import Manner
 from laneway.limits.rules import RateClass
 

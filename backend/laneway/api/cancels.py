@@ -15,7 +15,7 @@ from laneway.api.runtime import CallerDep, ServiceDep, in_thread
 from laneway.api.schemas import problems
 from laneway.domain.spec import JOB_TYPE_PATTERN, QUEUE_PATTERN, Priority
 from laneway.domain.states import ACTIVE, JobStatus
-from laneway.engine.callers import Role
+from laneway.engine.access.callers import Role
 from laneway.engine.cancels import MAX_CANCELLED, ActiveJobs, Manner, cancel_all
 from laneway.engine.queries import MAX_COUNTED, JobFilter
 from laneway.limits.rules import RateClass

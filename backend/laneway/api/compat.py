@@ -24,7 +24,7 @@ from laneway.api.gate import GatedRoute, access
 from laneway.api.jobs import MAX_PAGE
 from laneway.api.runtime import CallerDep, ServiceDep
 from laneway.api.schemas import problems
-from laneway.engine.callers import Role
+from laneway.engine.access.callers import Role
 from laneway.limits.rules import RateClass
 
 MAX_PAGE_NUMBER = 100

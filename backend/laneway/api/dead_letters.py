@@ -28,7 +28,7 @@ from laneway.api.schemas import JobPage, JobView, problems
 from laneway.domain.retry import DeadLetterReason
 from laneway.domain.spec import JOB_TYPE_PATTERN, QUEUE_PATTERN
 from laneway.engine import dead_letters, idempotency
-from laneway.engine.callers import Role
+from laneway.engine.access.callers import Role
 from laneway.engine.dead_letters import MAX_BULK, MAX_SAMPLE, Bulk, DeadLetterFilter
 from laneway.engine.queries import MAX_COUNTED, stamp
 from laneway.limits.rules import RateClass

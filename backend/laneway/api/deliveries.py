@@ -19,7 +19,7 @@ from laneway.api.runtime import CallerDep, Runtime, RuntimeDep, in_thread
 from laneway.api.schemas import problems
 from laneway.domain.events import EventType, SystemEvent
 from laneway.engine import idempotency, recoveries, webhook_ledger
-from laneway.engine.callers import Role
+from laneway.engine.access.callers import Role
 from laneway.engine.queries import Scope, decode_cursor, encode_cursor
 from laneway.engine.recoveries import MAX_COUNTED, MAX_PER_SECOND, PER_SECOND, Mode, Wish
 from laneway.engine.service import scope_of

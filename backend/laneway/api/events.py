@@ -22,7 +22,7 @@ from laneway.api.runtime import CallerDep, Runtime, RuntimeDep, in_thread
 from laneway.api.schemas import problems
 from laneway.domain.states import FINAL, JobStatus
 from laneway.engine import happenings
-from laneway.engine.callers import Caller
+from laneway.engine.access.callers import Caller
 from laneway.engine.changes import CHANGE
 from laneway.engine.happenings import Happened, Place
 from laneway.engine.queries import stamp

@@ -23,7 +23,7 @@ from laneway.api import body_gate
 from laneway.api.authentication import authenticate, check_scope, credential_of, scope_of
 from laneway.api.runtime import Runtime, runtime_of
 from laneway.db import acting_for
-from laneway.engine.callers import Caller, Role
+from laneway.engine.access.callers import Caller, Role
 from laneway.errors import (
     AbnormalUsage,
     CostExceedsQuota,

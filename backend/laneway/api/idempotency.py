@@ -23,7 +23,7 @@ from starlette.responses import Response
 
 from laneway.api.runtime import Runtime, in_thread
 from laneway.engine import idempotency
-from laneway.engine.callers import Caller
+from laneway.engine.access.callers import Caller
 from laneway.engine.idempotency import MAX_KEY_CHARACTERS, Key, Replayed
 from laneway.errors import BadRequest, IdempotencyInProgress
 

@@ -32,7 +32,7 @@ from laneway.api.schemas import JobPage, JobStatusView, JobView, ResultView, pro
 from laneway.domain.spec import JOB_TYPE_PATTERN, QUEUE_PATTERN, JobChange, JobSpec, Priority
 from laneway.domain.states import FINAL, JobStatus
 from laneway.engine import changes
-from laneway.engine.callers import Caller, Role
+from laneway.engine.access.callers import Caller, Role
 from laneway.engine.queries import MAX_SEARCHED, JobFilter
 from laneway.errors import JobNotFound
 from laneway.limits.rules import RateClass

@@ -12,7 +12,7 @@ from laneway.api.gate import GatedRoute, access
 from laneway.api.jobs import as_json
 from laneway.api.runtime import CallerDep
 from laneway.api.schemas import problems
-from laneway.engine.callers import AccessScope, Role
+from laneway.engine.access.callers import AccessScope, Role
 from laneway.engine.queries import stamp
 from laneway.limits.rules import RateClass
 

@@ -14,7 +14,7 @@ from laneway.api.jobs import as_json
 from laneway.api.runtime import CallerDep, ServiceDep, in_thread
 from laneway.api.schemas import problems
 from laneway.engine import queues
-from laneway.engine.callers import Role
+from laneway.engine.access.callers import Role
 from laneway.engine.queries import MAX_COUNTED
 from laneway.engine.queues import RECENT
 from laneway.engine.registry import JobType

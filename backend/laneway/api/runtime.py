@@ -17,11 +17,11 @@ from laneway.api.leaving import Leaving
 from laneway.api.streams import Streams
 from laneway.clock import Clock, SystemClock
 from laneway.db import Database
-from laneway.engine.callers import Caller
-from laneway.engine.credentials import Callers
+from laneway.engine.access.callers import Caller
+from laneway.engine.access.credentials import Callers
+from laneway.engine.access.key_watch import KeyWatch
+from laneway.engine.access.override_watch import OverrideWatch
 from laneway.engine.group_commit import GroupCommit
-from laneway.engine.key_watch import KeyWatch
-from laneway.engine.override_watch import OverrideWatch
 from laneway.engine.queries import sign_cursors
 from laneway.engine.registry import Registry, load
 from laneway.engine.service import JobService, Prepared

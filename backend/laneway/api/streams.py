@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from laneway.engine.callers import Caller
+from laneway.engine.access.callers import Caller
 from laneway.errors import ConcurrentRequests
 
 

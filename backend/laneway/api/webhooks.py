@@ -17,7 +17,7 @@ from laneway.api.jobs import as_json, link_to
 from laneway.api.runtime import CallerDep, Runtime, RuntimeDep, in_thread
 from laneway.api.schemas import problems
 from laneway.engine import idempotency
-from laneway.engine.callers import Role, rotate_webhook_secret, webhook_secret
+from laneway.engine.access.callers import Role, rotate_webhook_secret, webhook_secret
 from laneway.engine.queries import stamp
 from laneway.limits.rules import RateClass
 from laneway.webhooks.endpoints import EndpointChange, EndpointFilters, Endpoints, NewEndpoint

@@ -15,7 +15,7 @@ from laneway.api.jobs import MAX_PAGE, as_json, page_answer
 from laneway.api.runtime import CallerDep, RuntimeDep, in_thread
 from laneway.api.schemas import problems
 from laneway.engine import workers
-from laneway.engine.callers import Role
+from laneway.engine.access.callers import Role
 from laneway.engine.workers import MAX_HELD_SHOWN
 from laneway.limits.rules import RateClass
 

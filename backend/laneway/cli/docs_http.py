@@ -40,7 +40,7 @@ def openapi_text() -> str:
 def http() -> Iterable[str]:
     """The page's paragraphs."""
     from laneway.api.app import BASE, create_api
-    from laneway.engine.callers import Role
+    from laneway.engine.access.callers import Role
     from laneway.settings import Settings
 
     app = create_api(Settings.model_construct())  # the defaults, whatever the environment says

@@ -108,7 +108,7 @@ def _variables() -> Iterator[Check]:
 
 def _production(settings: Settings) -> Iterator[Check]:
     """What production refuses; on a developer's machine only what would have to be done first."""
-    from laneway.engine.production import troubles
+    from laneway.engine.access.production import troubles
 
     found = list(troubles(settings))
     if settings.environment != "production":

@@ -39,14 +39,14 @@ def start_process(settings: Settings, *, api: bool = False) -> None:
     for an API's issuers of JWTs, that cannot be used.
     """
     from laneway import log
-    from laneway.engine.production import need_fit_for_production
+    from laneway.engine.access.production import need_fit_for_production
     from laneway.notify import rules
     from laneway.settings import unknown_variables
 
     need_fit_for_production(settings, api=api)
     if api and settings.jwt_issuers.get_secret_value():
         from laneway.clock import SystemClock
-        from laneway.engine.jwt_issuers import issuers_of
+        from laneway.engine.access.jwt_issuers import issuers_of
 
         issuers_of(settings, SystemClock())
     json_lines = None if settings.log_format == "auto" else settings.log_format == "json"
@@ -64,7 +64,7 @@ def api_url(settings: Settings) -> str:
 
 def api_key(settings: Settings) -> str:
     """The key to call with. Raises Unauthenticated with what to do when there is none."""
-    from laneway.engine.callers import ADMIN_KEY_FILE
+    from laneway.engine.access.callers import ADMIN_KEY_FILE
 
     if given := settings.api_key.get_secret_value():
         return given

@@ -18,7 +18,7 @@ from laneway.errors import KeyNotFound, NotFound, Unprocessable
 
 if TYPE_CHECKING:
     from laneway.db import Database
-    from laneway.engine.keys import Keys
+    from laneway.engine.access.keys import Keys
 
 ACTOR = "cli"
 
@@ -48,8 +48,8 @@ def create(
     from pydantic import ValidationError
 
     from laneway.clock import SystemClock
-    from laneway.engine.callers import ensure_tenant
-    from laneway.engine.keys import NewKey
+    from laneway.engine.access.callers import ensure_tenant
+    from laneway.engine.access.keys import NewKey
 
     end = None if expires_in_days is None else SystemClock().now() + timedelta(days=expires_in_days)
     try:
@@ -120,15 +120,15 @@ def _print_once(text: str, what: str) -> None:
 
 def _managed(database: Database, tenant_id: str) -> Keys:
     from laneway.clock import SystemClock
-    from laneway.engine.callers import Caller, Role
-    from laneway.engine.keys import Keys
+    from laneway.engine.access.callers import Caller, Role
+    from laneway.engine.access.keys import Keys
 
     return Keys(database, Caller(tenant_id, ACTOR, Role.ADMIN), now=SystemClock().now())
 
 
 @contextmanager
 def _of_tenant(name: str) -> Iterator[Keys]:
-    from laneway.engine.credentials import find_tenant
+    from laneway.engine.access.credentials import find_tenant
 
     with migrated_store(read_settings()) as database:
         tenant_id = find_tenant(database, name)
@@ -140,7 +140,7 @@ def _of_tenant(name: str) -> Iterator[Keys]:
 @contextmanager
 def _of_key(key_id: str) -> Iterator[Keys]:
     """The keys of the tenant whose key that is."""
-    from laneway.engine.keys import tenant_of
+    from laneway.engine.access.keys import tenant_of
 
     with migrated_store(read_settings()) as database:
         tenant_id = tenant_of(database, key_id)

@@ -58,7 +58,7 @@ def api(
     from laneway.api.app import create_app
     from laneway.api.connections import Connection
     from laneway.api.leaving import Leaving, Server
-    from laneway.engine.callers import ensure_admin_key
+    from laneway.engine.access.callers import ensure_admin_key
     from laneway.log import get_logger
 
     settings = read_settings(host=host, port=port)

@@ -119,7 +119,7 @@ def running(
             settings = settings.model_copy(update={"redis_url": redis.url})
         with reaching_store(settings):
             migrate.upgrade(settings.database)
-        from laneway.engine.callers import ensure_admin_key
+        from laneway.engine.access.callers import ensure_admin_key
 
         with migrated_store(settings) as database:
             key_file = ensure_admin_key(database, secret_box(settings), settings.data_dir)

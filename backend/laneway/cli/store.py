@@ -69,7 +69,7 @@ def need_migrated(settings: Settings) -> None:
 
 def _need_row_security(settings: Settings) -> None:
     from laneway.db import Database
-    from laneway.engine import row_security
+    from laneway.engine.access import row_security
 
     database = Database(settings.database, pool_size=1)
     try:
@@ -127,7 +127,7 @@ def upgrade() -> None:
 
 def _prepare_row_security(settings: Settings) -> None:
     from laneway.db import Database
-    from laneway.engine import row_security
+    from laneway.engine.access import row_security
 
     database = Database(settings.database, pool_size=1)
     try:

@@ -172,7 +172,7 @@ def secret(tenant: Annotated[str, typer.Option(help="Its name.")] = "default") -
     """Print what signs the webhooks to a tenant's jobs' own URLs, for receivers to verify: whsec_…"""
     import sqlalchemy as sa
 
-    from laneway.engine.callers import webhook_secret
+    from laneway.engine.access.callers import webhook_secret
     from laneway.models import tenants
 
     settings = read_settings()

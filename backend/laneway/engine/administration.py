@@ -14,8 +14,8 @@ from laneway import models
 from laneway.domain.payload import to_json
 from laneway.domain.states import FINAL, JobStatus
 from laneway.engine import queries
-from laneway.engine.audit import AuditAction, record
-from laneway.engine.callers import Caller
+from laneway.engine.access.audit import AuditAction, record
+from laneway.engine.access.callers import Caller
 from laneway.engine.outcomes import carry_out
 from laneway.engine.queries import MAX_COUNTED, Clauses, JobFilter, Scope, equal_to
 from laneway.engine.retention import BATCH_ROWS, delete_jobs

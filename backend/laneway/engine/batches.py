@@ -19,8 +19,8 @@ from laneway.domain.flow import StepSpec, read_reference, references
 from laneway.domain.spec import JobSpec
 from laneway.domain.states import FINAL, JobStatus
 from laneway.engine import dependencies, idempotency, queries
+from laneway.engine.access.callers import Caller
 from laneway.engine.batch_ends import counts_of, status_of
-from laneway.engine.callers import Caller
 from laneway.engine.cancels import ActiveJobs, Cancelled, Manner, cancel_all
 from laneway.engine.idempotency import Key
 from laneway.engine.outcomes import carry_out

@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from laneway import models
 from laneway.domain.payload import to_json
 from laneway.domain.states import ACTIVE, JobStatus
-from laneway.engine.callers import Caller
+from laneway.engine.access.callers import Caller
 from laneway.engine.outcomes import carry_out, due_of
 from laneway.engine.queries import MAX_COUNTED, JobFilter, Scope
 from laneway.engine.transitions import Applied, Cancel

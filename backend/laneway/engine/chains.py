@@ -20,7 +20,7 @@ from laneway.domain.flow import ChainSpec, references
 from laneway.domain.payload import to_json
 from laneway.domain.states import FINAL, JobStatus
 from laneway.engine import idempotency, queries
-from laneway.engine.callers import Caller
+from laneway.engine.access.callers import Caller
 from laneway.engine.cancels import Manner
 from laneway.engine.chain_runs import advance, ask_runs_to_stop
 from laneway.engine.flow_upkeep import stop_jobs

@@ -12,7 +12,7 @@ from laneway.domain.payload import to_json
 from laneway.domain.spec import JobChange, lane_of
 from laneway.domain.states import WAITING, JobStatus
 from laneway.engine import queries
-from laneway.engine.callers import Caller
+from laneway.engine.access.callers import Caller
 from laneway.engine.outcomes import carry_out
 from laneway.engine.transitions import Enqueue, record, tag
 from laneway.errors import IllegalTransition, PreconditionFailed

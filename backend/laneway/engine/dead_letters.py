@@ -19,7 +19,7 @@ from laneway import models
 from laneway.domain.retry import DeadLetterReason
 from laneway.domain.states import JobStatus
 from laneway.engine import queries
-from laneway.engine.callers import Caller
+from laneway.engine.access.callers import Caller
 from laneway.engine.group_commit import commit_each
 from laneway.engine.outcomes import carry_out
 from laneway.engine.queries import Clauses, between, equal_to, made_between

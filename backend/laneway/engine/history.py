@@ -17,7 +17,7 @@ from laneway import models
 from laneway.domain.retry import Category
 from laneway.domain.states import Action
 from laneway.engine import queries
-from laneway.engine.callers import Caller
+from laneway.engine.access.callers import Caller
 from laneway.engine.queries import stamp
 from laneway.engine.service import JobService, scope_of
 from laneway.errors import JobNotFound

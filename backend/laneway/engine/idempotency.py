@@ -25,7 +25,7 @@ import sqlalchemy as sa
 
 from laneway import models
 from laneway.db import Database, Moment, Rows
-from laneway.engine.callers import Caller
+from laneway.engine.access.callers import Caller
 from laneway.errors import IdempotencyInProgress, IdempotencyKeyReused
 
 MAX_KEY_CHARACTERS = 255

@@ -19,8 +19,8 @@ from laneway.domain.payload import to_json
 from laneway.domain.spec import DEFAULT_QUEUE, QUEUE_PATTERN, Priority, lane_of, queue_of
 from laneway.domain.states import WAITING, JobStatus
 from laneway.engine import queries
-from laneway.engine.audit import AuditAction, record
-from laneway.engine.callers import AccessScope, Caller, Role
+from laneway.engine.access.audit import AuditAction, record
+from laneway.engine.access.callers import AccessScope, Caller, Role
 from laneway.engine.cancels import MAX_CANCELLED, ActiveJobs, Cancelled, Manner, cancel_all
 from laneway.engine.pauses import open_lanes, paused_queues
 from laneway.engine.queries import MAX_COUNTED, JobFilter, stamp

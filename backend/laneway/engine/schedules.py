@@ -34,7 +34,7 @@ from laneway.domain.spec import (
     queue_name,
 )
 from laneway.engine import idempotency, queries
-from laneway.engine.callers import Caller
+from laneway.engine.access.callers import Caller
 from laneway.engine.idempotency import Key
 from laneway.engine.queries import Clauses, Scope, equal_to, stamp
 from laneway.engine.schedule_ends import uncounted

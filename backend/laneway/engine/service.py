@@ -19,8 +19,8 @@ from laneway.domain.payload import to_json
 from laneway.domain.spec import JobSpec
 from laneway.domain.states import FINAL, JobStatus
 from laneway.engine import dependencies, idempotency, queries
+from laneway.engine.access.callers import Caller, Role
 from laneway.engine.admission import Admission
-from laneway.engine.callers import Caller, Role
 from laneway.engine.cancels import Manner, ask_to_stop
 from laneway.engine.group_commit import commit_each
 from laneway.engine.idempotency import Kept, Key

@@ -11,7 +11,7 @@ from laneway import models
 from laneway.db import Database, utc_now
 from laneway.domain.states import JobStatus
 from laneway.engine import queries
-from laneway.engine.callers import Caller
+from laneway.engine.access.callers import Caller
 from laneway.engine.queries import Scope, stamp
 from laneway.engine.reaper import LIVING
 from laneway.errors import NotFound

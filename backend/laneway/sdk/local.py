@@ -25,9 +25,9 @@ from laneway.domain.flow import ChainSpec
 from laneway.domain.spec import JobSpec
 from laneway.domain.states import FINAL, WAITING
 from laneway.engine import batches, chains, leases, progress, queues
+from laneway.engine.access.callers import DEFAULT_TENANT, Caller, Role
 from laneway.engine.at_once import create_held
 from laneway.engine.batches import BatchSpec
-from laneway.engine.callers import DEFAULT_TENANT, Caller, Role
 from laneway.engine.cancels import ActiveJobs, Manner, cancel_all
 from laneway.engine.context import JobContext, Progress, running_job
 from laneway.engine.endings import Ending

@@ -29,8 +29,8 @@ from laneway.clock import Clock, new_id
 from laneway.db import Database
 from laneway.domain.spec import lanes_of, queue_of
 from laneway.engine import flow_upkeep, leases, slots, upkeep
+from laneway.engine.access.callers import DEFAULT_TENANT, ensure_tenant
 from laneway.engine.admission import Admission
-from laneway.engine.callers import DEFAULT_TENANT, ensure_tenant
 from laneway.engine.context import Progress
 from laneway.engine.exchange import Holder, exchange
 from laneway.engine.outcomes import Claimed

@@ -16,7 +16,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 
-from laneway.engine.callers import AccessScope, Caller, Role
+from laneway.engine.access.callers import AccessScope, Caller, Role
 from laneway.errors import FieldError, Forbidden, Unauthenticated, Unprocessable
 from laneway.webhooks.secrets import SecretBox
 

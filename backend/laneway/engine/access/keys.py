@@ -19,8 +19,8 @@ from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field
 
 from laneway import models
 from laneway.db import Database, utc_now
-from laneway.engine.audit import AuditAction, record
-from laneway.engine.callers import ROLE_SCOPES, AccessScope, Caller, Role, at_least, key_row, make_key
+from laneway.engine.access.audit import AuditAction, record
+from laneway.engine.access.callers import ROLE_SCOPES, AccessScope, Caller, Role, at_least, key_row, make_key
 from laneway.engine.queries import stamp
 from laneway.errors import Conflict, FieldError, Forbidden, KeyNotFound, Unprocessable
 

@@ -9,7 +9,7 @@ import sqlalchemy as sa
 
 from laneway.clock import Clock
 from laneway.db import Database
-from laneway.engine import overrides
+from laneway.engine.access import overrides
 from laneway.limits.rule_book import Override
 from laneway.log import get_logger
 

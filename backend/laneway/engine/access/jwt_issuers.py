@@ -18,8 +18,8 @@ from joserfc.jwk import OctKey
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
 from laneway.clock import Clock
-from laneway.engine.jwt import Issuer
-from laneway.engine.key_sets import FetchedKeys, GivenKey, JwtKey, KeySource, fits, public_key
+from laneway.engine.access.jwt import Issuer
+from laneway.engine.access.key_sets import FetchedKeys, GivenKey, JwtKey, KeySource, fits, public_key
 from laneway.errors import Unprocessable
 from laneway.settings import Settings
 

@@ -11,8 +11,8 @@ from laneway.clock import new_id
 from laneway.db import Database, utc_now
 from laneway.domain.payload import to_json
 from laneway.engine import queries
-from laneway.engine.audit import AuditAction, record
-from laneway.engine.callers import Caller
+from laneway.engine.access.audit import AuditAction, record
+from laneway.engine.access.callers import Caller
 from laneway.engine.queries import Scope, stamp
 from laneway.errors import Conflict, TenantNotFound
 from laneway.webhooks.secrets import SecretBox, new_webhook_secret, tenant_context

@@ -20,7 +20,7 @@ import sqlalchemy as sa
 from laneway import models
 from laneway.clock import new_id
 from laneway.domain.payload import to_json
-from laneway.engine.callers import Caller
+from laneway.engine.access.callers import Caller
 from laneway.engine.queries import Clauses, equal_to, made_between, stamp
 
 MAX_TARGET_CHARACTERS = 200

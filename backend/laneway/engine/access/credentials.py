@@ -2,7 +2,7 @@
 
 Callers are remembered for CACHE_SECONDS, so that most requests cost no I/O. What changes meanwhile is
 forgotten at once by whoever changes it here, and within POLL_SECONDS of the commit by every other process
-(`KeyWatch`, engine/key_watch.py); CACHE_SECONDS is the bound for what is written past Laneway.
+(`KeyWatch`, engine/access/key_watch.py); CACHE_SECONDS is the bound for what is written past Laneway.
 
 A wrong key costs the same whatever is wrong with it: a well-formed one is always looked up, and its
 secret's hash compared with something, so that answers do not tell by their time which ids exist.
@@ -28,14 +28,22 @@ import sqlalchemy as sa
 from laneway import models
 from laneway.clock import Clock
 from laneway.db import Database
-from laneway.engine.callers import ROLE_SCOPES, AccessScope, Caller, Role, at_least, digest_of, key_id_of
-from laneway.engine.tokens import TOKEN_PREFIX, Token, TokenSigner
+from laneway.engine.access.callers import (
+    ROLE_SCOPES,
+    AccessScope,
+    Caller,
+    Role,
+    at_least,
+    digest_of,
+    key_id_of,
+)
+from laneway.engine.access.tokens import TOKEN_PREFIX, Token, TokenSigner
 from laneway.errors import Forbidden, Unauthenticated
 from laneway.settings import Settings
 from laneway.webhooks.secrets import SecretBox
 
 if TYPE_CHECKING:
-    from laneway.engine.jwt import JwtVerifier
+    from laneway.engine.access.jwt import JwtVerifier
 
 CACHE_SECONDS = 30.0
 CACHE_SIZE = 10_000
@@ -192,7 +200,7 @@ class Callers:
         job_id: str | None,
         expires_at: datetime,
     ) -> tuple[str, Caller]:
-        """A token for a browser, and whom it speaks for (engine/tokens.py)."""
+        """A token for a browser, and whom it speaks for (engine/access/tokens.py)."""
         if self._tokens is None:
             raise Forbidden("no tokens are made here")
         return self._tokens.make(caller, scopes=scopes, job_id=job_id, expires_at=expires_at)
@@ -320,8 +328,8 @@ def _is_in(address: str | None, networks: Iterable[str]) -> bool:
 
 def _jwts_of(settings: Settings, clock: Clock) -> JwtVerifier | None:
     # Loaded only where issuers are named: what reads JWTs is a tenth of what an API loads.
-    from laneway.engine.jwt import JwtVerifier
-    from laneway.engine.jwt_issuers import issuers_of
+    from laneway.engine.access.jwt import JwtVerifier
+    from laneway.engine.access.jwt_issuers import issuers_of
 
     issuers = issuers_of(settings, clock)
     return JwtVerifier(issuers, clock) if issuers else None

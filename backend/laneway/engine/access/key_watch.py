@@ -14,7 +14,7 @@ import sqlalchemy as sa
 
 from laneway import models
 from laneway.db import Database, Rows, utc_now
-from laneway.engine.credentials import LAST_USED_SECONDS, Callers
+from laneway.engine.access.credentials import LAST_USED_SECONDS, Callers
 from laneway.log import get_logger
 
 POLL_SECONDS = 0.5

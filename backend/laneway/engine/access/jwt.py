@@ -24,8 +24,8 @@ from joserfc import jws
 from joserfc.errors import JoseError, UnsupportedAlgorithmError
 
 from laneway.clock import Clock
-from laneway.engine.callers import Role
-from laneway.engine.key_sets import JwtKey, KeySource
+from laneway.engine.access.callers import Role
+from laneway.engine.access.key_sets import JwtKey, KeySource
 from laneway.errors import Unauthenticated
 
 MAX_JWT_CHARACTERS = 8192

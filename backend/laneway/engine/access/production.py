@@ -46,7 +46,7 @@ def troubles(settings: Settings, *, api: bool = True) -> Iterator[Trouble]:
     if not settings.jwt_issuers.get_secret_value():
         return
 
-    from laneway.engine.jwt_issuers import issuers_of  # loaded only where issuers are named
+    from laneway.engine.access.jwt_issuers import issuers_of  # loaded only where issuers are named
 
     try:
         issuers_of(settings, SystemClock())
