@@ -17,6 +17,8 @@ MAX_BYTES = 256 * 1024
 MAX_DEPTH = 32
 MAX_INTEGER = 2**63 - 1
 
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
+
 
 def to_json(value: Any, *, what: str = "parameters", max_bytes: int = MAX_BYTES) -> str:
     """`value` as compact JSON text.
@@ -24,8 +26,8 @@ def to_json(value: Any, *, what: str = "parameters", max_bytes: int = MAX_BYTES)
     Raises InvalidPayload, with a pointer, for what JSON or a store cannot hold, and PayloadTooLarge
     past `max_bytes` of UTF-8.
     """
-    _check(value, [what])
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    check_storable(value, what=what)
+    text = _encode(value)
     size = len(text) if text.isascii() else len(text.encode())
     if size > max_bytes:
         raise PayloadTooLarge(
@@ -34,6 +36,11 @@ def to_json(value: Any, *, what: str = "parameters", max_bytes: int = MAX_BYTES)
             limit_bytes=max_bytes,
         )
     return text
+
+
+def check_storable(value: Any, *, what: str) -> None:
+    """Raise InvalidPayload, with a pointer, for what JSON or a store cannot hold, of whatever size."""
+    _check(value, [what])
 
 
 def _check(value: Any, path: list[str | int]) -> None:

@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from laneway import models
 from laneway.clock import Clock, SystemClock, new_id
 from laneway.db import Database
-from laneway.domain.payload import to_json
+from laneway.domain.payload import check_storable, to_json
 from laneway.domain.spec import JobSpec
 from laneway.domain.states import FINAL, JobStatus
 from laneway.engine import dependencies, idempotency, queries
@@ -177,7 +177,7 @@ class JobService:
     def _storable(self, spec: JobSpec) -> dict[str, Any]:
         """The fields that both stores must be able to hold, checked and in the form that is kept."""
         for name in ("title", "description", "unique_key"):
-            to_json(getattr(spec, name), what=name)
+            check_storable(getattr(spec, name), what=name)
         fields: dict[str, Any] = {
             name: in_utc(moment, name)
             for name in ("scheduled_for", "expires_at")
