@@ -201,8 +201,8 @@ jobs = sa.Table(
     sa.Column("webhook_delivered", sa.Boolean, nullable=False, server_default=sa.false()),
     sa.Column("webhook_attempts", sa.Integer, nullable=False, server_default="0"),
     sa.Column("scheduled_job_id", Id),  # the schedule that it is a run of
-    # What it belongs to and waits for. Every end of a `linked` job is followed (engine/flow.py); it has been
-    # once `followed_seq` is the `event_seq` of that end.
+    # What it belongs to and waits for. Every end of a `linked` job is followed (engine/flow.py); all has
+    # followed once `followed_seq` is the `event_seq` of that end.
     sa.Column("batch_id", Id),
     sa.Column("chain_id", Id),
     sa.Column("chain_run_id", Id),

@@ -89,6 +89,7 @@ def tie(connection: sa.Connection, made: Sequence[tuple[NewJob, Scope]], *, now:
     for some in _parts(sorted(ended)):
         moves = _count(connection, {job_id: ended[job_id] for job_id in some}, now=now)
         tell(connection, moves, now=now)
+        transitions.leave_to_sweep(connection, [a.row["id"] for a in moves if a.status in FINAL])
 
 
 def release(

@@ -3,7 +3,8 @@
 A move is an action asked for one job. `apply` turns all moves of one kind into one guarded UPDATE: the
 WHERE names the statuses that `domain/states.py` allows and, for moves of the lease holder, the attempt
 and the lease token. What the WHERE does not match is not changed, and comes back as `Refused`. Each
-change adds one row to `job_events` in the same transaction. Nothing here commits.
+change adds one row to `job_events` in the same transaction, and each end is marked as followed: what does
+not follow from it within the transaction is left to a sweep (`leave_to_sweep`). Nothing here commits.
 
 Any number of processes may run this at once. Correctness rests on the row lock of each UPDATE at READ
 COMMITTED (SQLite: on its single writer) and on the CHECK and UNIQUE constraints in `models.py`. Batches
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime
 from functools import cache
@@ -23,9 +24,10 @@ from typing import Any, ClassVar
 
 import sqlalchemy as sa
 
+from laneway import models
 from laneway.db import Moment, Rows, any_of, listed
 from laneway.domain.retry import DeadLetterReason
-from laneway.domain.states import RULES, Action, JobStatus
+from laneway.domain.states import FINAL, RULES, Action, JobStatus
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,7 +285,18 @@ class Refused:
 
 Outcome = Applied | Refused
 
-RETURNED = ("id", "tenant_id", "lane", "event_seq", "attempt", "webhook_url", "linked", "scheduled_job_id")
+RETURNED = (
+    "id",
+    "tenant_id",
+    "lane",
+    "event_seq",
+    "attempt",
+    "webhook_url",
+    "linked",
+    "batch_id",
+    "chain_run_id",
+    "scheduled_job_id",
+)
 CLAIMED = (
     *RETURNED,
     "job_type",
@@ -297,7 +310,7 @@ CLAIMED = (
     "retry_max_delay_seconds",
     "retry_jitter",
 )
-_IDS = frozenset({"id", "tenant_id", "scheduled_job_id"})
+_IDS = frozenset({"id", "tenant_id", "batch_id", "chain_run_id", "scheduled_job_id"})
 _ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 # Milliseconds since 1970, and larger than every number before: writers come one after the other.
@@ -335,8 +348,9 @@ def _update(kind: type[Move], dialect: str, known_types: bool) -> tuple[sa.TextC
     # Ids come back as text on both stores; JSON stays text, since whoever runs the job parses it.
     read = ", ".join(f"CAST({c} AS text) AS {c}" if c in _IDS else c for c in columns)
     own = ", ".join(f"jobs.{c}" for c in columns)
+    ends = ", followed_seq = jobs.event_seq + 1" if rule.target in FINAL else ""
     sql = (
-        f"UPDATE jobs SET status = '{rule.target.value}', event_seq = jobs.event_seq + 1,"  # noqa: S608
+        f"UPDATE jobs SET status = '{rule.target.value}', event_seq = jobs.event_seq + 1{ends},"  # noqa: S608
         f" version = jobs.version + 1, updated_at = :now, {kind.sets}"
         f" FROM {rows.sql(dialect)} WHERE {' AND '.join(guards)} RETURNING {own}"
     )
@@ -442,6 +456,14 @@ def apply(
         return [won[index] for index in range(len(moves))]
     found = _where_they_are(connection, [m.job_id for i, m in enumerate(moves) if i not in won])
     return [won.get(i) or Refused(m, *found.get(m.job_id, (None, None))) for i, m in enumerate(moves)]
+
+
+def leave_to_sweep(connection: sa.Connection, job_ids: Collection[str]) -> None:
+    """Take back from ended jobs that all has followed from their ends, as `apply` says of each."""
+    if job_ids:
+        j = models.jobs.c
+        ended = sa.update(models.jobs).where(j.id.in_(job_ids))
+        connection.execute(ended.values(followed_seq=j.event_seq - 1))
 
 
 def _key(move: Move) -> tuple[str, int | None]:
