@@ -1,6 +1,6 @@
 """What must hold of a run, whatever was done to it: one function per invariant of the design.
 
-The numbers are those of the reliability plan; it has more of them for schedules, chains and batches. Each
+The numbers are those of the reliability plan; it has one more for schedules (process/schedule_kills.py). Each
 function sees the whole `Run`, through indexes that are made once, and says in sentences what does not
 hold. `test_checker.py` shows each of them a run that breaks it and nothing else.
 
@@ -19,6 +19,7 @@ from itertools import pairwise
 from statistics import fmean
 
 from chaos.history import Phase, Record, Row, Run, Series, digest
+from chaos.plan import callback_tag
 from laneway.domain.events import DEFAULT_WEBHOOK_EVENTS, EVENT_OF
 from laneway.domain.retry import RetryPolicy, crash_delay
 from laneway.domain.states import FINAL, RULES, Action, JobStatus
@@ -42,11 +43,14 @@ class Invariant(StrEnum):
     NOT_EARLY = "I7"  # nothing starts before its time
     RETRIES = "I8"  # a retry waits as long as its policy says; there are as many as it says
     MESSAGES = "I9"  # one message per subscribed end, delivered or dead, each verified
+    CONCURRENCY = "I11"  # of a key there run no more jobs at once than its limit
     UNIQUE = "I13"  # one active job per tenant and unique key
     TENANT = "I14"  # nobody is told of another tenant's jobs
     ACCOUNTING = "I15"  # rows and counters are the replay of the events
     POISON = "I16"  # a job is blamed for the crashes it started, up to the limit
+    CHAIN = "I17"  # a step starts once those before it have completed, or ended where failures do not stop
     CANCEL = "I18"  # no attempt begins after an answered cancel, and the job ends
+    BATCH = "I19"  # a batch has all its jobs, ends with the last, and is followed by its callbacks once
     BACKPRESSURE = "I20"  # nothing is accepted without the database; who must wait is told how long
     BOUNDED = "I21"  # memory, descriptors and connections stay flat and below their bounds
     NO_STALL = "I22"  # while jobs wait and workers live, jobs are claimed
@@ -78,6 +82,7 @@ class _Indexed:
     seen: dict[str, list[Record]] = field(default_factory=lambda: defaultdict(list))  # `ok` lines, by `f`
     starts: dict[tuple[str, int], list[Record]] = field(default_factory=lambda: defaultdict(list))
     digests: dict[tuple[str, int], list[str]] = field(default_factory=lambda: defaultdict(list))
+    runs: dict[str, list[Operation]] = field(default_factory=lambda: defaultdict(list))  # by job
 
     def __post_init__(self) -> None:
         ends: dict[str, Record] = {}
@@ -92,6 +97,7 @@ class _Indexed:
         for operation in self.operations["run"]:
             run = (operation.begin.v["job_id"], operation.begin.v["attempt"])
             self.starts[run].append(operation.begin)
+            self.runs[run[0]].append(operation)
             if operation.end is not None and operation.end.ph is Phase.OK:
                 self.digests[run].append(operation.end.v["digest"])
 
@@ -334,6 +340,34 @@ def _deliveries(seen: _Indexed) -> Iterator[Finding]:
             yield delivery["job_id"], f"{delivery['message_id']} is delivered, and nobody received it"
 
 
+def concurrency(seen: _Indexed) -> Iterator[Finding]:
+    """Judged by what handlers ran, on the clock that all processes share.
+
+    An attempt that was taken from its worker may go on for a while without its slot, so it is left out.
+    """
+    changes: dict[tuple[str, str], list[tuple[int, int, str]]] = defaultdict(list)
+    limits: Counter[tuple[str, str]] = Counter()
+    for job_id, row in seen.run.jobs.items():
+        if row["concurrency_key"] is None:
+            continue
+        key = row["tenant_id"], row["concurrency_key"]
+        limits[key] = max(limits[key], row["concurrency_limit"])
+        settled = {
+            event["attempt"]
+            for before, event in pairwise(seen.run.events.get(job_id, ()))
+            if before["action"] == CLAIM and event["actor"] == before["actor"]
+        }
+        for operation in seen.runs[job_id]:
+            if operation.end is not None and operation.begin.v["attempt"] in settled:
+                changes[key] += [(operation.begin.t, 1, job_id), (operation.end.t, -1, job_id)]
+    for key, of_key in changes.items():
+        running = 0
+        for _, change, job_id in sorted(of_key):
+            running += change
+            if running > limits[key]:
+                yield job_id, f"ran as one of {running} jobs of {key[1]!r}; {limits[key]} are allowed"
+
+
 def unique(seen: _Indexed) -> Iterator[Finding]:
     keys = {
         r.i: (r.v["tenant"], r.v["unique_key"])
@@ -462,6 +496,86 @@ def _ends(seen: _Indexed, job_id: str, *, since: datetime, answered_at: datetime
         yield job_id, f"ended {late:.1f} s after its cancel; {seen.run.facts.cancel_seconds} are allowed"
 
 
+def chain(seen: _Indexed) -> Iterator[Finding]:
+    run = seen.run
+    begun = {row["chain_id"] for row in run.chain_runs}
+    for record in seen.seen["flow"]:
+        if record.v["kind"] == "chain" and record.v["flow_id"] not in begun:
+            yield None, f"chain {record.v['flow_id']} was acknowledged and has no run"
+    steps: dict[str, dict[int, Row]] = defaultdict(dict)
+    for job_id, row in run.jobs.items():
+        if row["chain_run_id"] is not None:
+            if row["chain_step"] in steps[row["chain_run_id"]]:
+                yield job_id, f"is another job of step {row['chain_step']} of one run"
+            steps[row["chain_run_id"]][row["chain_step"]] = row
+    for row in run.chain_runs:
+        yield from _run_of_chain(seen, row, steps[row["id"]])
+
+
+def _run_of_chain(seen: _Indexed, row: Row, steps: dict[int, Row]) -> Iterator[Finding]:
+    what = f"run {row['id']} of a chain"
+    if row["finished_at"] is None:
+        yield None, f"{what} has no end"
+    well = all(job["status"] == JobStatus.COMPLETED for job in steps.values())
+    whole = len(steps) == len(row["plan"]["steps"])
+    if (row["status"] == JobStatus.COMPLETED) != (well and whole):
+        yield None, f"{what} is {row['status']}; of {len(steps)} steps all are completed: {well}"
+    before: list[int] = []
+    for stage in row["plan"]["stages"]:
+        for number in stage:
+            if number in steps:
+                yield from _step(seen, row, steps, number, before)
+        before += stage
+
+
+def _step(
+    seen: _Indexed, row: Row, steps: dict[int, Row], number: int, before: Sequence[int]
+) -> Iterator[Finding]:
+    job_id = steps[number]["id"]
+    began = min((operation.begin.t for operation in seen.runs[job_id]), default=None)
+    for other in before:
+        last = steps.get(other)
+        if last is None or last["status"] not in FINAL:
+            if str(other) not in row["step_errors"] or row["stop_on_failure"]:
+                yield job_id, f"is step {number} of a run whose step {other} has no end"
+        elif last["status"] != JobStatus.COMPLETED and row["stop_on_failure"]:
+            yield job_id, f"is step {number} of a run that its step {other} stopped"
+        elif last["status"] == JobStatus.COMPLETED and began is not None:
+            done = max((o.end.t for o in seen.runs[last["id"]] if o.end and o.end.ph is Phase.OK), default=0)
+            if began < done:
+                yield job_id, f"began as step {number} before step {other} was done"
+
+
+def batch(seen: _Indexed) -> Iterator[Finding]:
+    run = seen.run
+    known = {row["id"] for row in run.batches}
+    number_of = {}
+    for record in seen.seen["flow"]:
+        if record.v["kind"] == "batch":
+            number_of[record.v["flow_id"]] = record.v["number"]
+            if record.v["flow_id"] not in known:
+                yield None, f"batch {record.v['flow_id']} was acknowledged and is in no row"
+    statuses: dict[str, Counter[str]] = defaultdict(Counter)
+    tagged: Counter[str] = Counter()
+    for job in run.jobs.values():
+        tagged.update(job["tags"])
+        if job["batch_id"] is not None:
+            statuses[job["batch_id"]][job["status"]] += 1
+    for row in run.batches:
+        counted, what = statuses[row["id"]], f"batch {row['id']}"
+        if counted.total() != row["enqueued"]:
+            yield None, f"{what} has {counted.total()} of its {row['enqueued']} jobs"
+        if row["finished_at"] is None:
+            yield None, f"{what} has no end"
+        elif {k: v for k, v in row["counts"].items() if v} != dict(counted):
+            yield None, f"{what} was counted as {row['counts']} and has {dict(counted)}"
+        well = counted[JobStatus.COMPLETED] == counted.total()
+        for name in row["callbacks"]:
+            wanted = name == "on_complete" or (name == "on_success") == well
+            if row["id"] in number_of and tagged[callback_tag(number_of[row["id"]], name)] != wanted:
+                yield None, f"{what} was followed by {name} not just {int(wanted)} times"
+
+
 def backpressure(seen: _Indexed) -> Iterator[Finding]:
     away = [
         (o.begin.t, o.end.t)
@@ -558,11 +672,14 @@ CHECKS: dict[Invariant, Callable[[_Indexed], Iterator[Finding]]] = {
     Invariant.NOT_EARLY: not_early,
     Invariant.RETRIES: retries,
     Invariant.MESSAGES: messages,
+    Invariant.CONCURRENCY: concurrency,
     Invariant.UNIQUE: unique,
     Invariant.TENANT: tenant,
     Invariant.ACCOUNTING: accounting,
     Invariant.POISON: poison,
+    Invariant.CHAIN: chain,
     Invariant.CANCEL: cancel,
+    Invariant.BATCH: batch,
     Invariant.BACKPRESSURE: backpressure,
     Invariant.BOUNDED: bounded,
     Invariant.NO_STALL: no_stall,

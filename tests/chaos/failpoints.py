@@ -75,6 +75,8 @@ IN_MAIN = (
         after=True,
         applies=_moves("Complete", "BackOff", "Fail", "TimeOut"),
     ),
+    Place("follow.after", "laneway.engine.outcomes:follow", after=True),
+    Place("slots.counted", "laneway.engine.concurrency:_look", after=True),
     Place(
         "settle.after_commit",
         "laneway.worker.ledger:exchange",

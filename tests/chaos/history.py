@@ -251,6 +251,8 @@ class Run:
     events: Mapping[str, Sequence[Row]]
     messages: Sequence[Row] = ()
     deliveries: Sequence[Row] = ()
+    batches: Sequence[Row] = ()
+    chain_runs: Sequence[Row] = ()
     facts: Facts = Facts()
     wall_offset: datetime = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -265,6 +267,8 @@ class Run:
                     models.job_events,
                     models.webhook_messages,
                     models.webhook_deliveries,
+                    models.batches,
+                    models.chain_runs,
                 )
             }
         offset = datetime.now(UTC) - timedelta(microseconds=time.monotonic_ns() / 1000)
@@ -274,6 +278,8 @@ class Run:
             events=by_job(rows["job_events"]),
             messages=rows["webhook_messages"],
             deliveries=rows["webhook_deliveries"],
+            batches=rows["batches"],
+            chain_runs=rows["chain_runs"],
             facts=facts,
             wall_offset=offset,
         )

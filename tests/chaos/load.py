@@ -17,7 +17,7 @@ from standardwebhooks.webhooks import Webhook, WebhookVerificationError
 
 from chaos.ground import Ground
 from chaos.history import History
-from chaos.plan import CANARY, Plan, PlannedJob
+from chaos.plan import CANARY, Plan, PlannedFlow, PlannedJob
 from webhook_receiver import Exchange, Mode, Receiver, endless_body, hang, ok, reset
 
 CLIENTS = 24
@@ -46,10 +46,14 @@ class Client:
         self._ports = itertools.cycle(ground.ports)
         self._keys = ground.keys
 
-    def call(self, method: str, path: str, tenant: str, body: Any = None) -> tuple[int, Any]:
-        """Status and JSON of an answer below 400. Raises Refused, Unknown."""
+    def call(
+        self, method: str, path: str, tenant: str, body: Any = None, *, once: str = ""
+    ) -> tuple[int, Any]:
+        """Status and JSON of an answer below 400; `once` is an idempotency key. Raises Refused, Unknown."""
         connection = http.client.HTTPConnection("127.0.0.1", next(self._ports), timeout=ANSWER_SECONDS)
         headers = {"Authorization": f"Bearer {self._keys[tenant]}", "Content-Type": "application/json"}
+        if once:
+            headers["Idempotency-Key"] = once
         try:
             connection.connect()
         except OSError as error:
@@ -104,6 +108,8 @@ class Load:
         for job in self._plan.jobs:
             for _ in range(2 if job.doubled else 1):
                 agenda.append((job.at, next(order), partial(self._submit, job)))
+        for flow in self._plan.flows:
+            agenda.append((flow.at, next(order), partial(self._submit_flow, flow)))
         for n in range(int(self._plan.seconds * READS_PER_SECOND)):
             agenda.append((n / READS_PER_SECOND, next(order), partial(self._read, n)))
         agenda.sort(reverse=True)
@@ -168,6 +174,44 @@ class Load:
                 self._later.put((at, partial(self._cancel, job, answer["id"])))
             return
         self._complaints.append(f"job {job.number} could not be handed in within {PATIENCE_SECONDS:g} s")
+
+    def _submit_flow(self, flow: PlannedFlow) -> None:
+        tenant = self._ground.tenant_ids[flow.tenant]
+        path = "/api/v1/batches" if flow.kind == "batch" else "/api/v1/chains"
+        asked = {"tenant": tenant, "kind": flow.kind, "number": flow.number}
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while time.monotonic() < deadline:
+            op = self._history.invoke("flow", **asked)
+            try:
+                once = f"flow-{flow.number}"
+                _, answer = self._client().call("POST", path, flow.tenant, flow.body, once=once)
+            except Refused as refused:
+                op.fail(status=refused.status, retry_after=refused.retry_after)
+                if refused.status not in (None, 409, 429, 503):  # 409: the first attempt is under way
+                    self._complaints.append(f"{flow.kind} {flow.number} was answered {refused.status}")
+                    return
+                self._enough.wait(0.3)
+                continue
+            except Unknown:
+                op.info()
+                continue
+            op.ok(**asked, flow_id=answer["id"])
+            if flow.cancel_after_seconds is not None:
+                at = time.monotonic() - self._began + flow.cancel_after_seconds
+                self._later.put((at, partial(self._cancel_flow, flow, f"{path}/{answer['id']}/cancel")))
+            return
+        self._complaints.append(f"{flow.kind} {flow.number} could not be handed in")
+
+    def _cancel_flow(self, flow: PlannedFlow, path: str) -> None:
+        op = self._history.invoke("cancel_flow", tenant=self._ground.tenant_ids[flow.tenant])
+        try:
+            self._client().call("POST", path, flow.tenant, {"reason": "planned"})
+        except Refused as refused:
+            op.fail(status=refused.status, retry_after=refused.retry_after)
+        except Unknown:
+            op.info()
+        else:
+            op.ok(number=flow.number)
 
     def _cancel(self, job: PlannedJob, job_id: str) -> None:
         assert job.cancel is not None

@@ -32,28 +32,44 @@ def no_fence() -> None:
 
 def message_after_commit() -> None:
     """A worker writes webhook messages in a transaction of their own, after the one that ended the job."""
+    _after_commit("tell", set)
+
+
+def follow_after_commit() -> None:
+    """A worker does what follows from ends in a transaction of its own, after the one that ended the job."""
+    _after_commit("follow", import_module("laneway.engine.flow").Followed)
+
+
+def _after_commit(name: str, nothing: Callable[[], Any]) -> None:
     outcomes: Any = import_module("laneway.engine.outcomes")
     ledger: Any = import_module("laneway.worker.ledger")
-    tell, exchange = outcomes.tell, ledger.exchange
-    untold: list[tuple[list[Any], Any]] = []
+    exchange = ledger.exchange
+    undone: list[tuple[list[Any], Any]] = []
 
-    def tell_later(_connection: Any, applied: Any, *, now: Any) -> set[str]:
-        untold.append((list(applied), now))
-        return set()
+    def later(_connection: Any, applied: Any, *, now: Any) -> Any:
+        undone.append((list(applied), now))
+        return nothing()
 
-    def exchange_and_tell(database: Any, *args: Any, **kwargs: Any) -> Any:
-        outcomes.tell = tell_later
+    def exchange_and_do(database: Any, *args: Any, **kwargs: Any) -> Any:
+        honest = getattr(outcomes, name)  # with its failpoints, by now
+        setattr(outcomes, name, later)
         try:
             done = exchange(database, *args, **kwargs)
         finally:
-            outcomes.tell = tell
-        while untold:
-            applied, now = untold.pop()
+            setattr(outcomes, name, honest)
+        while undone:
+            applied, now = undone.pop()
             with database.write() as connection:
-                tell(connection, applied, now=now)
+                honest(connection, applied, now=now)
         return done
 
-    ledger.exchange = exchange_and_tell
+    ledger.exchange = exchange_and_do
+
+
+def no_slots() -> None:
+    """A job with a concurrency key is claimed like any other."""
+    transitions: Any = import_module("laneway.engine.transitions")
+    transitions.Claim.guard = transitions.MAY_START
 
 
 def no_second_look() -> None:
@@ -101,6 +117,8 @@ MUTANTS: Mapping[str, Callable[[], None]] = {
     for function in (
         no_fence,
         message_after_commit,
+        follow_after_commit,
+        no_slots,
         no_second_look,
         liveness_only,
         endless_crashes,

@@ -41,6 +41,18 @@ class PlannedJob:
 
 
 @dataclass(frozen=True, slots=True)
+class PlannedFlow:
+    """Jobs that belong together, by one call: a batch, or a chain that starts at once."""
+
+    at: float
+    number: int
+    tenant: str
+    kind: str  # batch or chain
+    body: Mapping[str, Any]
+    cancel_after_seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class PlannedFault:
     """`name` is one of the menu (`faults.MENU`). `pick` chooses among what there is, by remainder."""
 
@@ -60,6 +72,7 @@ class Plan:
     store: str
     seconds: float
     jobs: Sequence[PlannedJob]
+    flows: Sequence[PlannedFlow]
     faults: Sequence[PlannedFault]
 
     def as_json(self) -> dict[str, Any]:
@@ -105,6 +118,11 @@ def _deaf(rng: Random, number: int) -> dict[str, Any]:
     return _body("deaf", number, seconds=round(rng.uniform(1.0, 4.0), 2))
 
 
+def _keyed(rng: Random, number: int) -> dict[str, Any]:
+    seconds = round(rng.uniform(0.2, 1.0), 3)
+    return _body("ok", number, seconds=seconds) | {"concurrency_key": "one at a time"}
+
+
 POISONS = ("kill", "segv", "exit", "memory", "huge", "unstorable", "close", "grandchild", "hang")
 
 
@@ -114,9 +132,9 @@ def _poison(rng: Random, number: int) -> dict[str, Any]:
 
 
 MIX: Mapping[str, tuple[float, Body]] = {
-    # Share of the jobs, and what they are. Chains, batches, schedules and concurrency keys belong here once
-    # there are such things, and their invariants in checker.py.
-    "ok": (0.64, _ok),
+    # Share of the jobs, and what they are.
+    "ok": (0.52, _ok),
+    "keyed": (0.12, _keyed),
     "flaky": (0.15, _flaky),
     "long": (0.03, _long),
     "fail": (0.06, _fail),
@@ -125,6 +143,8 @@ MIX: Mapping[str, tuple[float, Body]] = {
     "poison": (0.01, _poison),
 }
 CANCELLED_SHARE = 0.05
+FLOW_SHARE = 0.03  # of the number of single jobs, so many batches and chains beside them
+STEPS: Mapping[str, tuple[float, Body]] = {"ok": (0.75, _ok), "flaky": (0.15, _flaky), "fail": (0.1, _fail)}
 WEBHOOK_SHARE = 0.4
 UNIQUE_SHARE = 0.1
 RETRY: Mapping[str, Any] = {"retry_delay_seconds": 1.0, "retry_backoff": 1.5, "retry_max_delay_seconds": 3.0}
@@ -197,6 +217,7 @@ def make(
         store=store,
         seconds=seconds,
         jobs=_jobs(rng, seconds=seconds, count=round(seconds * jobs_per_second)),
+        flows=_flows(rng, seconds=seconds, count=round(seconds * jobs_per_second * FLOW_SHARE)),
         faults=_faults(rng, seed, store=store, seconds=seconds, count=faults, only=only),
     )
 
@@ -233,6 +254,58 @@ def _jobs(rng: Random, *, seconds: float, count: int) -> list[PlannedJob]:
             )
         )
     return planned
+
+
+def _flows(rng: Random, *, seconds: float, count: int) -> list[PlannedFlow]:
+    planned = []
+    for number, at in enumerate(sorted(rng.uniform(0, seconds) for _ in range(count))):
+        kind, make_body = rng.choice((("batch", _batch), ("chain", _chain)))
+        tenant = rng.choice(TENANTS)
+        planned.append(
+            PlannedFlow(
+                at=round(at, 3),
+                number=number,
+                tenant=tenant,
+                kind=kind,
+                body=make_body(rng, number, tenant),
+                cancel_after_seconds=round(rng.uniform(0, 3), 2) if rng.random() < 0.1 else None,
+            )
+        )
+    return planned
+
+
+def _batch(rng: Random, number: int, tenant: str) -> dict[str, Any]:
+    callbacks = {
+        name: _part(_ok(rng, number), tenant, number, callback_tag(number, name))
+        for name in ("on_complete", "on_success", "on_failure")
+    }
+    return {"jobs": [_step(rng, number, tenant) for _ in range(rng.randint(3, 9))], **callbacks}
+
+
+def _chain(rng: Random, number: int, tenant: str) -> dict[str, Any]:
+    """A step, two side by side, and two more; the last takes a result of the first."""
+    first, *side_by_side, fourth, last = (_step(rng, number, tenant) for _ in range(5))
+    last["parameters"] |= {"number": {"$result": "step_0.number"}}
+    return {
+        "name": f"chain {number}",
+        "execute": True,
+        "stop_on_failure": rng.random() < 0.7,
+        "chain_definition": [first, side_by_side, fourth, last],
+    }
+
+
+def _step(rng: Random, number: int, tenant: str) -> dict[str, Any]:
+    kind = rng.choices(list(STEPS), [share for share, _ in STEPS.values()])[0]
+    return _part(STEPS[kind][1](rng, number), tenant, number)
+
+
+def _part(body: dict[str, Any], tenant: str, number: int, *tags: str) -> dict[str, Any]:
+    return {**RETRY, "max_retries": 3, **body, "tags": [canary(tenant, number), *tags]}
+
+
+def callback_tag(number: int, name: str) -> str:
+    """What the jobs that a batch's end makes are known by."""
+    return f"{name}-{number}"
 
 
 def _faults(

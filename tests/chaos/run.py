@@ -22,7 +22,7 @@ from chaos.load import Client, Load, Post
 from chaos.plan import STRUCK, Plan, PlannedFault
 from chaos.samples import Sampler
 from laneway.domain.states import ACTIVE, JobStatus
-from laneway.models import jobs, webhook_deliveries
+from laneway.models import batches, chain_runs, jobs, webhook_deliveries
 
 REST_SECONDS = 75.0
 SETTLE_SECONDS = 8.0  # after the last fault: a lease, two ticks, and the start of a process
@@ -173,23 +173,27 @@ def _heal(fault: PlannedFault, work: Iterator[str], op: Op, result: Result) -> N
 
 
 def _rest(ground: Ground, result: Result) -> float:
-    """Wait until no job and no delivery is under way; the seconds it took."""
+    """Wait until no job, delivery, chain or batch is under way; the seconds it took."""
     began = time.monotonic()
-    active = sa.select(sa.func.count()).where(jobs.c.status.in_(sorted(ACTIVE)))
     under_way = ("pending", "sending", "retrying")
-    sending = sa.select(sa.func.count()).where(webhook_deliveries.c.status.in_(under_way))
+    counts = {
+        "jobs": sa.select(sa.func.count()).where(jobs.c.status.in_(sorted(ACTIVE))),
+        "deliveries": sa.select(sa.func.count()).where(webhook_deliveries.c.status.in_(under_way)),
+        "chains": sa.select(sa.func.count()).where(chain_runs.c.finished_at.is_(None)),
+        "batches": sa.select(sa.func.count()).where(batches.c.finished_at.is_(None)),
+    }
     waiting = threading.Event()
-    left = (0, 0)
+    left: dict[str, int] = {}
     while time.monotonic() - began < REST_SECONDS:
         try:
             with ground.database.read() as connection:
-                left = connection.execute(active).scalar_one(), connection.execute(sending).scalar_one()
+                left = {what: connection.execute(count).scalar_one() for what, count in counts.items()}
         except sa.exc.DBAPIError:
             continue
-        if left == (0, 0):
+        if not any(left.values()):
             return time.monotonic() - began
         waiting.wait(0.1)
-    result.complaints.append(f"{left[0]} jobs and {left[1]} deliveries had no end after {REST_SECONDS:g} s")
+    result.complaints.append(f"{left} had no end after {REST_SECONDS:g} s")
     return time.monotonic() - began
 
 

@@ -54,6 +54,8 @@ class World:
     events: list[dict[str, Any]] = field(default_factory=list)
     messages: list[dict[str, Any]] = field(default_factory=list)
     deliveries: list[dict[str, Any]] = field(default_factory=list)
+    batches: list[dict[str, Any]] = field(default_factory=list)
+    chain_runs: list[dict[str, Any]] = field(default_factory=list)
     history: list[Record] = field(default_factory=list)
     facts: Facts = field(default_factory=Facts)
 
@@ -64,6 +66,8 @@ class World:
             events=by_job(self.events),
             messages=self.messages,
             deliveries=self.deliveries,
+            batches=self.batches,
+            chain_runs=self.chain_runs,
             facts=self.facts,
             wall_offset=START,
         )
@@ -98,6 +102,12 @@ class World:
             "webhook_url": None,
             "webhook_events": None,
             "result": None,
+            "tags": [],
+            "concurrency_key": None,
+            "concurrency_limit": None,
+            "batch_id": None,
+            "chain_run_id": None,
+            "chain_step": None,
         } | columns
         first = "scheduled" if self.jobs[job_id]["scheduled_for"] else "queued"
         self.event(job_id, at, "create", first, actor="alice")
@@ -168,6 +178,21 @@ class World:
             self.record(i, end - 0.01, "run", Phase.FAIL, **v, error="E")
         self.event(job_id, end, how, status, **columns)
 
+    def chain(self, run_id: str, chain_id: str, status: str, stages: list[list[int]]) -> None:
+        """A run that stops on failure, without its steps."""
+        steps = [number for stage in stages for number in stage]
+        self.chain_runs.append(
+            {
+                "id": run_id,
+                "chain_id": chain_id,
+                "status": status,
+                "plan": {"stages": stages, "steps": [{} for _ in steps]},
+                "stop_on_failure": True,
+                "step_errors": {},
+                "finished_at": START + timedelta(seconds=9),
+            }
+        )
+
     def find(self, job_id: str, action: str) -> dict[str, Any]:
         """The job's last event of that action."""
         return [e for e in self.events if (e["job_id"], e["action"]) == (job_id, action)][-1]
@@ -229,6 +254,38 @@ def right() -> World:
     world.event("later", 10.1, "enqueue", "queued", actor="scheduler")
     world.attempt("later", 10.2, 11, "complete", "completed")
 
+    for job_id, at in (("keyed", 2), ("keyed-too", 3)):
+        world.job(job_id, 1, concurrency_key="key", concurrency_limit=1)
+        world.attempt(job_id, at, at + 1, "complete", "completed")
+
+    flow: dict[str, Any] = {"tenant": NORTH, "number": 7}
+    world.op("flow", 1, 1.1, **flow, kind="batch", flow_id="batch")
+    world.job("first", 1, batch_id="batch")
+    world.attempt("first", 2, 3, "complete", "completed")
+    world.job("second", 1, batch_id="batch")
+    world.attempt("second", 3, 4, "fail", "failed", error=TRANSIENT, reason="permanent")
+    for name in ("on_complete", "on_failure"):
+        world.job(name, 4, tags=[f"{name}-7"])
+        world.attempt(name, 5, 6, "complete", "completed")
+    world.batches.append(
+        {
+            "id": "batch",
+            "enqueued": 2,
+            "finished_at": START + timedelta(seconds=4),
+            "counts": {"completed": 1, "failed": 1},
+            "callbacks": {name: {} for name in ("on_complete", "on_success", "on_failure")},
+        }
+    )
+
+    world.op("flow", 1, 1.1, **flow, kind="chain", flow_id="chain")
+    world.chain("well", "chain", "completed", [[0], [1, 2]])
+    for step, at in ((0, 2), (1, 4), (2, 4)):
+        world.job(f"well-{step}", at - 1, chain_run_id="well", chain_step=step)
+        world.attempt(f"well-{step}", at, at + 1, "complete", "completed")
+    world.chain("badly", "another", "failed", [[0], [1]])
+    world.job("badly-0", 1, chain_run_id="badly", chain_step=0)
+    world.attempt("badly-0", 2, 3, "fail", "failed", error=TRANSIENT, reason="permanent")
+
     world.op("read", 3, 3.2, tenant=SOUTH, ids=["deadly"], foreign=[])
     world.op("outage", 13, 20, what="database")
     world.op("submit", 14, 15, Phase.FAIL, tenant=NORTH, status=503, retry_after="2")
@@ -240,7 +297,7 @@ def right() -> World:
         cancel_seconds=4,
         calm=[(START, START + timedelta(seconds=13))],
         counters={
-            NORTH: {"completed": 4, "failed": 1, "cancelled": 2, "queued": 0},
+            NORTH: {"completed": 12, "failed": 3, "cancelled": 2, "queued": 0},
             SOUTH: {"failed": 1},
         },
         series=[
@@ -457,6 +514,89 @@ def _(world: World) -> None:
 @mutant(I.UNIQUE, "a key is answered with a job that does not hold it")
 def _(world: World) -> None:
     world.op("submit", 2, 3, tenant=NORTH, status=202, job_id="plain", unique_key="other")
+
+
+@mutant(I.CONCURRENCY, "a second job of a key begins before the first is done")
+def _(world: World) -> None:
+    world.history = [
+        replace(r, t=r.t - 10**8) if (r.i, r.ph) == ("run-keyed-too-1", Phase.INVOKE) else r
+        for r in world.history
+    ]
+
+
+@mutant(I.CHAIN, "an acknowledged chain has no run")
+def _(world: World) -> None:
+    world.op("flow", 1, 2, tenant=NORTH, number=8, kind="chain", flow_id="nowhere")
+
+
+@mutant(I.CHAIN, "a run has no end")
+def _(world: World) -> None:
+    world.chain_runs[1]["finished_at"] = None
+
+
+@mutant(I.CHAIN, "a run is called completed although a step failed")
+def _(world: World) -> None:
+    world.chain_runs[1]["status"] = "completed"
+
+
+@mutant(I.CHAIN, "a step begins before the one before it is done")
+def _(world: World) -> None:
+    world.history = [
+        replace(r, t=r.t + 2 * 10**9) if (r.i, r.ph) == ("run-well-0-1", Phase.OK) else r
+        for r in world.history
+    ]
+
+
+@mutant(I.CHAIN, "a step follows a failed one that stops the run")
+def _(world: World) -> None:
+    world.job("badly-1", 4, chain_run_id="badly", chain_step=1)
+    world.attempt("badly-1", 5, 6, "complete", "completed")
+    world.facts = replace(world.facts, counters={})
+
+
+@mutant(I.CHAIN, "a step is made twice")
+def _(world: World) -> None:
+    world.job("well-2-again", 4, chain_run_id="well", chain_step=2)
+    world.attempt("well-2-again", 5, 6, "complete", "completed")
+    world.facts = replace(world.facts, counters={})
+
+
+@mutant(I.BATCH, "an acknowledged batch has no row")
+def _(world: World) -> None:
+    world.op("flow", 1, 2, tenant=NORTH, number=8, kind="batch", flow_id="nowhere")
+
+
+@mutant(I.BATCH, "a job of a batch is missing")
+def _(world: World) -> None:
+    world.batches[0]["enqueued"] = 3
+
+
+@mutant(I.BATCH, "a batch has no end")
+def _(world: World) -> None:
+    world.batches[0] |= {"finished_at": None, "counts": None}
+
+
+@mutant(I.BATCH, "a batch ends before its last job")
+def _(world: World) -> None:
+    world.batches[0]["counts"] = {"completed": 1, "running": 1}
+
+
+@mutant(I.BATCH, "a callback is not made")
+def _(world: World) -> None:
+    world.jobs["on_complete"]["tags"] = []
+
+
+@mutant(I.BATCH, "a callback is made twice")
+def _(world: World) -> None:
+    world.jobs["on_complete"]["tags"] = ["on_failure-7"]
+    world.job("more", 4, tags=["on_complete-7"])
+    world.attempt("more", 5, 6, "complete", "completed")
+    world.facts = replace(world.facts, counters={})
+
+
+@mutant(I.BATCH, "a failed batch is followed by what a success is followed by")
+def _(world: World) -> None:
+    world.jobs["on_failure"]["tags"] = ["on_success-7"]
 
 
 @mutant(I.TENANT, "a list shows another tenant's job")
