@@ -22,6 +22,7 @@ from laneway.engine.exchange import Holder, exchange
 from laneway.engine.outcomes import Claimed
 from laneway.engine.registry import JobType, Registry
 from laneway.engine.service import JobService
+from laneway.lanes.backend import Due
 from laneway.lanes.memory_lanes import MemoryLanes
 from laneway.settings import Settings
 
@@ -82,7 +83,7 @@ class Ground:
         self.running += done.claimed
         return done.claimed
 
-    def end(self, *ends: tuple[Claimed, Ending]) -> list[tuple[str, str]]:
+    def end(self, *ends: tuple[Claimed, Ending]) -> list[Due]:
         """Settle these jobs in one transaction; what is to be rung since."""
         for job, _ in ends:
             self.running.remove(job)
@@ -91,7 +92,7 @@ class Ground:
         assert not done.refused
         return [pair for settled in done.settled for pair in settled.due]
 
-    def run(self, job_id: str, ending: Ending | None = None) -> list[tuple[str, str]]:
+    def run(self, job_id: str, ending: Ending | None = None) -> list[Due]:
         """Start a job and end it, well unless said otherwise; what is to be rung since."""
         [job] = self.start(job_id)
         return self.end((job, ending or Returned(None)))
@@ -110,7 +111,7 @@ class Ground:
                 some = self.rng.sample(self.running, self.rng.randint(1, len(self.running)))
                 self.end(*((job, how(job)) for job in some))
 
-    def sweep(self) -> list[tuple[str, str]]:
+    def sweep(self) -> list[Due]:
         return flow_upkeep.sweep(self.database, now=self.clock.now())
 
     def unfollowed(self) -> Sequence[str]:

@@ -51,7 +51,7 @@ BODIES: dict[str, Any] = {
     "changeChain": {"name": "n"},
     "purgeQueue": {"confirm": "nobody_s"},
     "setTenantRateLimit": {"quota": 1, "window_seconds": 1, "reason": "r"},
-    "renameTenant": {"name": "n"},
+    "changeTenant": {"name": "n"},
 }
 """By operation, where an empty object would not do."""
 

@@ -52,10 +52,25 @@ tenants = sa.Table(
     sa.Column("webhook_secret", sa.Text, nullable=False),
     sa.Column("old_webhook_secrets", Json, nullable=False, server_default="[]"),  # [{"sealed", "expires_at"}]
     sa.Column("webhook_signing_key", sa.Text),  # ed25519, sealed; made when an endpoint first wants v1a
+    sa.Column("max_running", sa.Integer),  # of its jobs at once; NULL: any number
+    sa.Column("weight", sa.Integer, nullable=False, server_default="1"),  # its share of a lane's turns
+    sa.Column("max_queued", sa.Integer),  # of its jobs may wait; NULL: what the setting says
     sa.Column("created_by", sa.String(100), nullable=False),
     sa.Column("version", sa.Integer, nullable=False, server_default="1"),
     sa.Column("created_at", Moment, nullable=False, server_default=utc_now()),
     sa.Column("updated_at", Moment, nullable=False, server_default=utc_now()),
+    sa.Index(
+        "ix_tenants_own_turns",
+        "id",
+        postgresql_where=sa.text("weight <> 1 OR max_queued IS NOT NULL"),
+        sqlite_where=sa.text("weight <> 1 OR max_queued IS NOT NULL"),
+    ),
+    sa.Index(
+        "ix_tenants_limited",
+        "id",
+        postgresql_where=sa.text("max_running IS NOT NULL"),
+        sqlite_where=sa.text("max_running IS NOT NULL"),
+    ),
 )
 
 api_keys = sa.Table(
@@ -212,6 +227,11 @@ jobs = sa.Table(
     sa.Column("dependencies_left", sa.Integer, nullable=False, server_default="0"),
     sa.Column("linked", sa.Boolean, nullable=False, server_default=sa.false()),
     sa.Column("followed_seq", sa.Integer, nullable=False, server_default="0"),
+    # Of a job that is `gated` a slot of its key, or of its tenant, is taken up while it runs
+    # (engine/concurrency.py).
+    sa.Column("concurrency_key", sa.String(200)),
+    sa.Column("concurrency_limit", sa.Integer),
+    sa.Column("gated", sa.Boolean, nullable=False, server_default=sa.false()),
     sa.CheckConstraint(_one_of("status", JobStatus), name="status"),
     sa.CheckConstraint(_one_of("priority", Priority), name="priority"),
     sa.CheckConstraint("(status = 'running') = (lease_token IS NOT NULL)", name="running_has_lease"),
@@ -244,6 +264,15 @@ jobs = sa.Table(
     sa.Index(
         "ix_jobs_queued",
         "lane",
+        "queued_at",
+        "id",
+        postgresql_where=sa.text("status = 'queued'"),
+        sqlite_where=sa.text("status = 'queued'"),
+    ),
+    sa.Index(
+        "ix_jobs_queued_tenants",
+        "lane",
+        "tenant_id",
         "queued_at",
         "id",
         postgresql_where=sa.text("status = 'queued'"),
@@ -312,6 +341,32 @@ jobs = sa.Table(
         "id",
         postgresql_where=sa.text(_UNFOLLOWED),
         sqlite_where=sa.text(_UNFOLLOWED),
+    ),
+    sa.Index(
+        "ix_jobs_gated",
+        "tenant_id",
+        "concurrency_key",
+        postgresql_where=sa.text("status = 'running' AND gated"),
+        sqlite_where=sa.text("status = 'running' AND gated"),
+    ),
+    sa.Index(
+        "ix_jobs_waiting_for_key",
+        "tenant_id",
+        "concurrency_key",
+        "priority",
+        "queued_at",
+        "id",
+        postgresql_where=sa.text("status = 'blocked' AND status_reason = 'concurrency_key'"),
+        sqlite_where=sa.text("status = 'blocked' AND status_reason = 'concurrency_key'"),
+    ),
+    sa.Index(
+        "ix_jobs_waiting_for_tenant",
+        "tenant_id",
+        "priority",
+        "queued_at",
+        "id",
+        postgresql_where=sa.text("status = 'blocked' AND status_reason = 'tenant_limit'"),
+        sqlite_where=sa.text("status = 'blocked' AND status_reason = 'tenant_limit'"),
     ),
     sa.Index(
         "uq_jobs_unique_key_active",

@@ -27,7 +27,18 @@ from bench.suite import Bench, benches
 from laneway.clock import SystemClock
 from laneway.settings import PREFIX
 
-NAMES = ("drain", "post", "latency", "memory", "recovery", "limiter-1", "limiter-3", "batches", "batch-drain")
+NAMES = (
+    "drain",
+    "post",
+    "latency",
+    "memory",
+    "recovery",
+    "limiter-1",
+    "limiter-3",
+    "batches",
+    "batch-drain",
+    "fork",
+)
 RESULTS = Path("bench-results")
 PROFILE_LINES = 25
 

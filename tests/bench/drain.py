@@ -11,10 +11,12 @@ RQ_ROLES = {
 }
 
 
-def laneway(stores: Stores, store: str, *, count: int, profile: str = "") -> dict[str, float]:
+def laneway(
+    stores: Stores, store: str, *, count: int, job_type: str = "bench.record", profile: str = ""
+) -> dict[str, float]:
     """`rate` of jobs that were queued before the worker started; `rss` and `pss` when all had ended."""
     with LanewayGround.on(stores, store) as site:
-        site.enqueue(count)
+        site.enqueue(count, job_type=job_type)
         with site.ground.program("laneway-worker", profile) as worker:
             seen = site.ground.wait_for_records(count, worker)
             site.wait_until_settled(worker)

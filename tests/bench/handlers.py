@@ -6,12 +6,16 @@ import threading
 
 from bench.records import record
 from laneway.engine.context import JobContext
+from laneway.engine.registry import register_job_function
 from laneway.sdk.decorators import background_job
 
 
 @background_job("bench.record")
 def noop(number: int) -> None:
     record(number)
+
+
+register_job_function("bench.record_forked", record, isolation="fork")
 
 
 @background_job("bench.hold")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
-from bench import batches, drain, limiter, over_http, recovery
+from bench import batches, drain, forks, limiter, over_http, recovery
 from bench.figures import Metric
 from bench.ground import STORES, Stores
 
@@ -125,6 +125,28 @@ def benches(stores: Stores, *, rounds: int, scale: float) -> list[Bench]:
                 for together in (True, False)
             },
             tuple(f"{case}, loose" for case in on),
+            rounds,
+        ),
+        Bench(
+            "fork",
+            "No-op jobs, each in a process of its own against many in a child (2 children)",
+            (
+                Metric("rate", "drain (more is better)", "jobs/s"),
+                Metric("p50_ms", "from the call to the first line, all idle, median (less is better)", "ms"),
+            ),
+            {
+                f"{case}, {how}": partial(
+                    forks.cost,
+                    stores,
+                    s,
+                    how,
+                    count=scaled(20_000 if how == "child" else 1_000),
+                    alone=scaled(100),
+                )
+                for case, s in on.items()
+                for how in ("fork", "child")
+            },
+            tuple(f"{case}, child" for case in on),
             rounds,
         ),
         *[_limiter(stores, rules, rounds=rounds, count=scaled(20_000)) for rules in limiter.QUOTAS],

@@ -30,17 +30,15 @@ def note(
 
 
 def entries(database: Database, wanted: AuditFilter | None = None) -> list[str]:
-    with database.read() as connection:
-        found, _ = page(connection, wanted or AuditFilter(), limit=100, before=None)
+    found, _ = page(database, ROOT, wanted or AuditFilter(), limit=100, cursor=None)
     return [entry["target"] for entry in found]
 
 
 def test_an_entry_says_who_did_what_when_from_where_and_in_which_request(database: Database) -> None:
     before = datetime.now(UTC)
     note(database, target="queue:emails")
-    with database.read() as connection:
-        [entry], more = page(connection, AuditFilter(), limit=1, before=None)
-    assert not more
+    [entry], following = page(database, ROOT, AuditFilter(), limit=1, cursor=None)
+    assert following is None
     made = datetime.fromisoformat(entry.pop("created_at"))
     assert abs(made - before) < timedelta(minutes=1)
     assert entry.pop("id")
@@ -96,13 +94,10 @@ def test_pages_are_newest_first_and_follow_each_other(database: Database) -> Non
     for number in range(5):
         note(database, target=str(number))
     seen: list[str] = []
-    before = None
-    more = True
-    while more:
-        with database.read() as connection:
-            found, more = page(connection, AuditFilter(), limit=2, before=before)
+    cursor: str | None = None
+    while not seen or cursor:
+        found, cursor = page(database, ROOT, AuditFilter(), limit=2, cursor=cursor)
         seen += [entry["target"] for entry in found]
-        before = found[-1]["id"]
     assert seen == ["4", "3", "2", "1", "0"]
 
 

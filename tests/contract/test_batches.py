@@ -43,6 +43,7 @@ from laneway.errors import (
     UnknownDependency,
     Unprocessable,
 )
+from laneway.lanes.backend import Due
 
 DONE = Returned(None)
 CALLBACK = {"job_type": "t.step", "parameters": {"id": {"$result": "batch.id"}}, "queue": "after"}
@@ -123,7 +124,7 @@ def test_callbacks_are_made_once_by_the_last_end(ground: Ground, well: bool) -> 
     assert sorted(row["title"] for row in made_by_it) == sorted(
         ("on_complete", "on_success" if well else "on_failure")
     )
-    assert sorted(due) == sorted(("after", row["id"]) for row in made_by_it)
+    assert sorted(due) == sorted(Due("after", row["id"], row["tenant_id"]) for row in made_by_it)
     assert {row["parameters"]["id"] for row in made_by_it} == {batch["id"]}
     assert {row["batch_id"] for row in made_by_it} == {None}
     told = now(ground, batch)["callbacks"]

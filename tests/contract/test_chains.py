@@ -74,7 +74,7 @@ def test_steps_run_one_after_the_other_and_hand_on_their_results(ground: Ground)
     assert (chain["status"], chain["current_step"], chain["total_steps"]) == ("running", 0, 3)
     assert where(ground, chain) == ["queued", None, None]
     second = ground.run(job_of(ground, chain, 0), returned({"rows": [1, {"id": 7}]}))
-    assert second == [("normal", job_of(ground, chain, 1))]
+    assert second == [("normal", job_of(ground, chain, 1), TENANT)]
     assert job_row(ground.database, second[0][1])["parameters"] == {"given": {"id": 7}}
     at = now(ground, chain)
     assert (at["current_step"], at["progress_percent"]) == (1, 33)
@@ -92,7 +92,7 @@ def test_steps_run_one_after_the_other_and_hand_on_their_results(ground: Ground)
 def test_a_group_runs_side_by_side_inside_a_sequence(ground: Ground) -> None:
     chain = made(ground, STEP, [STEP, STEP], {"parallel": [using("step_1"), STEP]}, using("step_3"))
     due = ground.run(job_of(ground, chain, 0))
-    assert [job_id for _, job_id in due] == [job_of(ground, chain, 1), job_of(ground, chain, 2)]
+    assert [each.job_id for each in due] == [job_of(ground, chain, 1), job_of(ground, chain, 2)]
     assert ground.run(due[1][1]) == []
     assert where(ground, chain) == ["completed", "queued", "completed", None, None, None]
     due = ground.run(due[0][1], returned("x"))
@@ -360,7 +360,7 @@ def test_an_end_by_a_worker_of_an_older_release_is_followed_by_the_sweep(ground:
     columns = {"status": "completed", "finished_at": NOW, "progress": 100, "event_seq": 3, "result": 5}
     change(ground.database, models.jobs, job_of(ground, chain, 0), **columns)
     assert [f.name for f in examine(ground.database, now=NOW + timedelta(hours=1))].count("unfollowed_ends")
-    assert ground.sweep() == [("normal", job_of(ground, chain, 1))]
+    assert ground.sweep() == [("normal", job_of(ground, chain, 1), TENANT)]
 
 
 def test_the_doctor_finds_a_run_that_nobody_stopped(ground: Ground) -> None:

@@ -328,7 +328,7 @@ def test_a_rate_spreads_them_over_time(
     ]
     assert lanes.contents("normal") == []
     assert events_of(database, ids[0])[-1]["action"] == "retry_later"
-    assert [job_id for _, job_id in promote(database, now=clock.advance(seconds=1))] == ids[:3]
+    assert [due.job_id for due in promote(database, now=clock.advance(seconds=1))] == ids[:3]
     assert job_row(database, ids[0])["next_retry_at"] is None
 
 

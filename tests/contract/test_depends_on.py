@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from factories import (
     NOW,
     OTHER_TENANT,
+    TENANT,
     add_endpoint,
     add_job,
     at_once,
@@ -56,7 +57,7 @@ def test_a_job_waits_for_all_it_depends_on_and_says_for_how_many(ground: Ground)
     assert (waiting["depends_on"], waiting["on_dependency_failure"]) == ([a, b], "cancel")
     assert ground.run(b) == []
     assert job_row(ground.database, waiting["id"])["status_reason"] == "waits_for_jobs: 1"
-    assert ground.run(a) == [("normal", waiting["id"])]
+    assert ground.run(a) == [("normal", waiting["id"], TENANT)]
     row = job_row(ground.database, waiting["id"])
     assert (row["status"], row["status_reason"], row["dependencies_left"]) == ("queued", None, 0)
     assert [event["action"] for event in events_of(ground.database, waiting["id"])] == ["create", "enqueue"]
@@ -197,7 +198,7 @@ def test_an_ended_parent_is_kept_until_its_children_know(ground: Ground) -> None
     change(ground.database, models.jobs, parent, **columns)  # by a worker of an older release
     with ground.database.write() as connection:
         assert delete_jobs(connection, [parent]) == []
-    assert ground.sweep() == [("normal", child)]
+    assert ground.sweep() == [("normal", child, TENANT)]
     with ground.database.write() as connection:
         assert delete_jobs(connection, [parent]) == [parent]
 
@@ -246,7 +247,7 @@ def test_an_end_is_kept_although_what_follows_cannot_be_done(
         "completed",
         "blocked",
     )
-    assert ground.sweep() == [("normal", child)]
+    assert ground.sweep() == [("normal", child, TENANT)]
 
 
 @pytest.mark.parametrize("seed", range(6))

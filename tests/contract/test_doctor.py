@@ -160,6 +160,19 @@ def an_end_that_nothing_followed(database: Database) -> str:
     return add_job(database, JobStatus.COMPLETED, **ended)
 
 
+@defect("kept_waiting")
+def a_job_that_waits_for_a_free_slot(database: Database) -> str:
+    waits = {"concurrency_key": "k", "concurrency_limit": 1, "status_reason": "concurrency_key"}
+    return add_job(database, JobStatus.BLOCKED, updated_at=LATER - timedelta(seconds=61), **waits)
+
+
+@defect("overfull_keys")
+def two_that_run_where_one_may(database: Database) -> str:
+    key = {"concurrency_key": "k", "concurrency_limit": 1, "gated": True, "started_at": LATER}
+    worker = add_worker(database, beat_at=LATER)
+    return max(add_running(database, worker, timeout_seconds=3600, **key) for _ in range(2))
+
+
 @defect("late_chains")
 def a_chain_past_its_timeout(database: Database) -> str:
     run = {

@@ -18,8 +18,8 @@ from laneway.db import Database
 from laneway.engine.access import keys as keys_module
 from laneway.engine.access.callers import ROLE_SCOPES, AccessScope, Caller, Role, create_key, key_id_of
 from laneway.engine.access.credentials import LAST_USED_SECONDS, Callers
-from laneway.engine.access.key_watch import OVERLAP_SECONDS, KeyWatch
 from laneway.engine.access.keys import MAX_CIDRS, MAX_KEYS, KeyChange, Keys, NewKey, tenant_of
+from laneway.engine.access.watch import OVERLAP_SECONDS, KeyLooks, Watch
 from laneway.errors import Conflict, Forbidden, KeyNotFound, Unauthenticated, Unprocessable
 
 ROOT = Caller(TENANT, "root", Role.ADMIN)
@@ -343,7 +343,7 @@ def test_a_change_by_another_process_is_seen_at_the_next_look(
     database: Database, door: Callers, clock: FrozenClock
 ) -> None:
     """Time stands still for the cache here: it is the look that finds out, not the end of its 30 s."""
-    watch = KeyWatch(database, door)
+    watch = KeyLooks(database, door)
     watch.look()
     made, text = managed(database).create(new())
     assert opens(door, text)
@@ -358,12 +358,13 @@ def test_a_change_by_another_process_is_seen_at_the_next_look(
 
 
 def test_a_look_sees_what_was_committed_late(database: Database, door: Callers) -> None:
-    watch = KeyWatch(database, door)
+    watch = KeyLooks(database, door)
     made, text = managed(database).create(new())
     watch.look()
     assert opens(door, text)
     late = sa.text(
-        "UPDATE api_keys SET revoked_at = created_at, updated_at = :then WHERE id = :id"
+        "UPDATE api_keys SET revoked_at = created_at, version = version + 1, updated_at = :then"
+        " WHERE id = :id"
     ).bindparams(sa.bindparam("then", type_=models.api_keys.c.updated_at.type))
     [row] = rows_of(database, models.api_keys)
     with database.write() as connection:  # begun before the look before this one, committed after it
@@ -394,7 +395,7 @@ def test_the_last_use_is_written_once_a_minute_a_key_and_is_no_change_of_it(
     database: Database, clock: FrozenClock
 ) -> None:
     doors = [Callers(database, clock) for _ in range(2)]  # of two processes
-    watches = [KeyWatch(database, door) for door in doors]
+    watches = [KeyLooks(database, door) for door in doors]
     text = create_key(database, tenant_id=TENANT, role=Role.USER)
 
     def use_and_write(address: str) -> tuple[object, object]:
@@ -420,13 +421,13 @@ def test_the_last_use_is_written_once_a_minute_a_key_and_is_no_change_of_it(
 def test_a_store_that_is_away_does_not_end_the_watch(
     database: Database, door: Callers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    watch = KeyWatch(database, door)
+    watch = Watch(*KeyLooks(database, door).looks)
     watch.look()
     text = create_key(database, tenant_id=TENANT, role=Role.USER)
     opens(door, text)
     with monkeypatch.context() as patch:
         patch.setattr(database, "read", lambda: (_ for _ in ()).throw(sa.exc.TimeoutError()))
-        watch._safely(watch.look)
+        watch.look()
     managed(database).revoke(key_id_of(text))
     watch.look()
     assert not opens(door, text)

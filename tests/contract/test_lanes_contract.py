@@ -11,7 +11,7 @@ from fakeredis import FakeRedis, FakeServer
 from laneway.clock import SystemClock
 from laneway.domain.spec import Priority, lane_of, lanes_of
 from laneway.domain.states import JobStatus
-from laneway.lanes.backend import BELL_STROKES, Backlog, EndedRun, LaneBackend
+from laneway.lanes.backend import BELL_STROKES, Backlog, EndedRun, Lack, LaneBackend
 from laneway.lanes.memory_lanes import MemoryLanes
 from laneway.lanes.rq_lanes import RqLanes
 
@@ -107,7 +107,7 @@ def test_a_push_over_the_window_is_taken_from_its_front(lanes: LaneBackend) -> N
     assert lanes.push([("high", name) for name in "abcdefg"] + [("low", "z")]) == WINDOW + 1
     assert lanes.contents("high") == list("abcde")
     assert lanes.backlog("high").refusals == 2
-    assert lanes.backlog("low") == Backlog(waiting=False, refusals=0)
+    assert lanes.backlog("low") == Backlog(0)
 
 
 def test_while_rows_wait_outside_a_push_does_not_overtake_them(lanes: LaneBackend) -> None:
@@ -122,7 +122,7 @@ def test_refill_lets_the_waiting_rows_in_before_later_pushes(lanes: LaneBackend)
     fill(lanes, "high", *"abcdef")
     take(lanes, 3, "high")
     seen = lanes.backlog("high").refusals
-    assert lanes.refill("high", [], ["f"], complete=True, refusals_seen=seen) == 1
+    assert lanes.refill("high", [Lack("", [], ["f"], True)], refusals_seen=seen) == 1
     assert lanes.backlog("high").waiting is False
     assert fill(lanes, "high", "g") == 1
     assert lanes.contents("high") == ["d", "e", "f", "g"]
@@ -130,30 +130,30 @@ def test_refill_lets_the_waiting_rows_in_before_later_pushes(lanes: LaneBackend)
 
 def test_refill_keeps_the_order_on_both_sides(lanes: LaneBackend) -> None:
     fill(lanes, "high", "c")
-    assert lanes.refill("high", ["a", "b"], ["d", "e"], complete=True, refusals_seen=0) == 4
+    assert lanes.refill("high", [Lack("", ["a", "b"], ["d", "e"], True)], refusals_seen=0) == 4
     assert lanes.contents("high") == list("abcde")
 
 
 def test_refill_never_puts_an_id_in_twice(lanes: LaneBackend) -> None:
     fill(lanes, "high", "b", "c")
-    assert lanes.refill("high", ["a", "b", "a"], ["c", "d", "d", "a"], complete=True, refusals_seen=0) == 2
+    assert lanes.refill("high", [Lack("", ["a", "b", "a"], ["c", "d", "d", "a"], True)], refusals_seen=0) == 2
     assert lanes.contents("high") == list("abcd")
     assert lanes.backlog("high").waiting is False
 
 
 def test_refill_fills_the_window_and_not_one_more(lanes: LaneBackend) -> None:
     fill(lanes, "high", "c", "d")
-    assert lanes.refill("high", ["a", "b"], ["e"], complete=True, refusals_seen=0) == 3
+    assert lanes.refill("high", [Lack("", ["a", "b"], ["e"], True)], refusals_seen=0) == 3
     assert lanes.backlog("high").waiting is False
     take(lanes, 1, "high")
-    assert lanes.refill("high", [], ["f", "g"], complete=True, refusals_seen=0) == 1
+    assert lanes.refill("high", [Lack("", [], ["f", "g"], True)], refusals_seen=0) == 1
     assert lanes.contents("high") == list("bcdef")
     assert lanes.backlog("high").waiting is True, "g waits outside"
 
 
 def test_an_incomplete_refill_makes_later_pushes_wait(lanes: LaneBackend) -> None:
     """After Redis lost everything: the flag is gone, the rows are not."""
-    lanes.refill("high", [], ["a"], complete=False, refusals_seen=0)
+    lanes.refill("high", [Lack("", [], ["a"], False)], refusals_seen=0)
     assert lanes.backlog("high").waiting is True
     assert fill(lanes, "high", "z") == 0
 
@@ -163,10 +163,10 @@ def test_the_flag_stays_when_a_push_was_refused_after_the_rows_were_read(lanes: 
     take(lanes, 5, "high")
     seen = lanes.backlog("high").refusals
     fill(lanes, "high", "g")  # refused, and its row came too late for the reconciler to see
-    lanes.refill("high", [], ["f"], complete=True, refusals_seen=seen)
+    lanes.refill("high", [Lack("", [], ["f"], True)], refusals_seen=seen)
     assert lanes.backlog("high").waiting is True
     seen = lanes.backlog("high").refusals
-    lanes.refill("high", [], ["g"], complete=True, refusals_seen=seen)
+    lanes.refill("high", [Lack("", [], ["g"], True)], refusals_seen=seen)
     assert lanes.backlog("high").waiting is False
     assert lanes.contents("high") == ["f", "g"]
 
@@ -174,7 +174,7 @@ def test_the_flag_stays_when_a_push_was_refused_after_the_rows_were_read(lanes: 
 def test_a_refill_without_ids_only_settles_the_flag(lanes: LaneBackend) -> None:
     fill(lanes, "high", *"abcdef")
     seen = lanes.backlog("high").refusals
-    assert lanes.refill("high", [], [], complete=True, refusals_seen=seen) == 0
+    assert lanes.refill("high", [Lack("", [], [], True)], refusals_seen=seen) == 0
     assert lanes.backlog("high").waiting is False
     assert lanes.contents("high") == list("abcde")
 
@@ -215,7 +215,7 @@ def test_a_wait_of_no_seconds_returns(lanes: LaneBackend) -> None:
 
 
 def test_a_refill_rings_too(lanes: LaneBackend) -> None:
-    lanes.refill("emails-high", [], ["a"], complete=True, refusals_seen=0)
+    lanes.refill("emails-high", [Lack("", [], ["a"], True)], refusals_seen=0)
     assert lanes.wait(["emails"], 5) is True
 
 
@@ -264,7 +264,7 @@ def test_threads_share_a_backend_and_every_id_is_taken_once(lanes: LaneBackend) 
             if lanes.push([(lane, left[0])]):
                 left.pop(0)
             else:
-                lanes.refill(lane, [], [], complete=True, refusals_seen=lanes.backlog(lane).refusals)
+                lanes.refill(lane, [Lack("", [], [], True)], refusals_seen=lanes.backlog(lane).refusals)
 
     threads = [threading.Thread(target=drain) for _ in range(3)]
     threads += [threading.Thread(target=offer, args=(lane,)) for lane in ("critical", "high")]

@@ -12,7 +12,7 @@ import redis as redis_py
 from structlog.testing import capture_logs
 
 from laneway.clock import FrozenClock
-from laneway.lanes.backend import LanesUnavailable
+from laneway.lanes.backend import Lack, LanesUnavailable
 from laneway.lanes.rq_lanes import BREAK_SECONDS, RqLanes, connect
 from servers import RedisServer, wait_until
 
@@ -147,7 +147,7 @@ def test_a_redis_that_lost_everything_is_filled_again(
     lanes.push([("high", name) for name in "abc"])
     redis.flushall()
     redis.script_flush()
-    assert lanes.refill("high", [], ["a", "b", "c"], complete=True, refusals_seen=0) == 2
+    assert lanes.refill("high", [Lack("", [], ["a", "b", "c"], True)], refusals_seen=0) == 2
     assert lanes.take(["high"], 5, worker_name="w") == ["a", "b"]
     assert lanes.backlog("high").waiting is True
     lanes.close()

@@ -16,8 +16,8 @@ from laneway import models
 from laneway.clock import FrozenClock, SystemClock
 from laneway.db import Database
 from laneway.engine.access import overrides
-from laneway.engine.access.override_watch import OverrideWatch
 from laneway.engine.access.overrides import MAX_OVERRIDES, MAX_SUBJECT, OverrideSpec
+from laneway.engine.access.watch import OverrideLook, Watch
 from laneway.errors import Conflict, NotFound, TenantNotFound, Unprocessable
 from laneway.limits.rule_book import Override
 from laneway.limits.rules import Policy
@@ -249,7 +249,7 @@ def test_a_watch_hands_over_what_is_in_force_and_again_when_it_has_changed(
     database: Database, clock: FrozenClock
 ) -> None:
     taken = Taken()
-    watch = OverrideWatch(database, taken, clock=clock)
+    watch = OverrideLook(database, taken, clock=clock)
     put(database)
     for _ in range(3):
         watch.look()
@@ -271,7 +271,7 @@ def test_a_change_in_the_middle_of_a_look_is_found_by_the_next(
         if len(taken.times) == 1:
             put(database)
 
-    watch = OverrideWatch(database, take, clock=clock)
+    watch = OverrideLook(database, take, clock=clock)
     watch.look()
     watch.look()
     assert taken.times == [{}, {"queue": 20}]
@@ -279,7 +279,8 @@ def test_a_change_in_the_middle_of_a_look_is_found_by_the_next(
 
 def test_another_process_hears_of_a_change_without_being_told(database: Database) -> None:
     taken = Taken()
-    watch = OverrideWatch(database, taken, clock=SystemClock())
+    watch = Watch(*OverrideLook(database, taken, clock=SystemClock()).looks)
+    watch.look()
     watch.start()
     try:
         assert taken.times == [{}]
@@ -292,7 +293,7 @@ def test_another_process_hears_of_a_change_without_being_told(database: Database
 def test_while_the_database_is_away_what_was_known_stays(database: Database, clock: FrozenClock) -> None:
     taken = Taken()
     put(database)
-    watch = OverrideWatch(database, taken, clock=clock)
+    watch = Watch(*OverrideLook(database, taken, clock=clock).looks)
     watch.look()
     with database.write() as connection:
         connection.execute(sa.text("ALTER TABLE change_counters RENAME TO away"))
@@ -300,7 +301,7 @@ def test_while_the_database_is_away_what_was_known_stays(database: Database, clo
         for _ in range(3):
             watch.look()
     assert taken.times == [{"queue": 20}]
-    assert [line["event"] for line in logs] == ["rate_limit_overrides_unread"], "told once"
+    assert [line["event"] for line in logs] == ["look_failed"], "told once"
     with database.write() as connection:
         connection.execute(sa.text("ALTER TABLE away RENAME TO change_counters"))
     put(database, Policy.BATCH)

@@ -171,6 +171,8 @@ def test_the_payload_is_the_job_without_parameters_and_traceback(database: Datab
         "retry_jitter",
         "timeout_seconds",
         "unique_key",
+        "concurrency_key",
+        "concurrency_limit",
         "webhook_url",
         "webhook_events",
         "dead_letter_reason",

@@ -109,7 +109,7 @@ def test_a_slot_that_is_due_becomes_a_job_and_the_schedule_goes_on(
     other = add_schedule(database, next_slot=NOW + MINUTE, due_at=NOW + MINUTE)
     done = fired(database, room)
     [job_id] = job_ids(database)
-    assert (done.decided, done.rung) == (1, [("mail-high", job_id)])
+    assert (done.decided, done.rung) == (1, [("mail-high", job_id, TENANT)])
     row = job_row(database, job_id)
     wanted = {
         "status": "queued",
@@ -280,7 +280,7 @@ def test_one_run_waits_and_starts_when_there_is_a_place(database: Database, room
     rung = [pair for done in found if isinstance(done, Fired) for pair in done.rung]
     rung += start_waiting(database, room, now=NOW + 3 * MINUTE).rung
     [second] = set(job_ids(database)) - {first}
-    assert rung == [("normal", second)]
+    assert rung == [("normal", second, TENANT)]
     assert job_row(database, second)["scheduled_for"] == NOW + MINUTE
     assert runs(database)[1][1:3] == ("started", None)
     assert schedule(database, schedule_id)["total_runs"] == 2

@@ -117,16 +117,18 @@ def test_an_answer_is_what_a_later_look_finds(service: JobService, lanes: Memory
         "webhook_url": "https://example.org/hook",
         "webhook_events": ("job.failed",),
         "unique_key": "k",
+        "concurrency_key": "c",
+        "concurrency_limit": 2,
     }
     answer = enqueue(service, **asked)
-    assert answer == service.get(answer["id"], ALICE)
+    assert answer | {"position": 1} == service.get(answer["id"], ALICE)
     assert (answer["status"], answer["parameters"], answer["progress"]) == ("queued", asked["parameters"], 0)
     assert lanes.contents("high") == [answer["id"]]
 
 
 def test_a_plain_job_is_answered_as_it_is_kept(service: JobService) -> None:
     answer = enqueue(service)
-    assert answer == service.get(answer["id"], ALICE)
+    assert answer | {"position": 1} == service.get(answer["id"], ALICE)
     assert (answer["max_retries"], answer["timeout_seconds"]) == (3, 3600)
 
 

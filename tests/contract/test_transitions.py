@@ -36,6 +36,7 @@ from laneway.engine.transitions import (
     MOVES,
     Applied,
     BackOff,
+    Block,
     Cancel,
     Claim,
     Complete,
@@ -80,6 +81,7 @@ def move_of(action: Action, job_id: str, attempt: int = 3, token: str = "") -> M
     moves: dict[Action, Callable[[], Move]] = {
         Action.ENQUEUE: lambda: Enqueue(job_id),
         Action.CLAIM: lambda: Claim(job_id, new_id(), new_id(), LATER + timedelta(microseconds=3)),
+        Action.BLOCK: lambda: Block(job_id, reason="tenant_limit"),
         Action.COMPLETE: lambda: Complete(*hold, result='{"n": [1, 2.50]}'),
         Action.BACK_OFF: lambda: BackOff(*hold, LATER + timedelta(minutes=2), charge=1, crash=1, error=ERROR),
         Action.FAIL: lambda: Fail(*hold, error=ERROR, reason="poison", crash=1),
@@ -105,6 +107,7 @@ def changes_of(action: Action, before: dict[str, Any], move: Any) -> dict[str, A
     }
     anew = again | {
         "finished_at": None,
+        "status_reason": None,
         "result": None,
         "error": None,
         "dead_letter_reason": None,
@@ -127,6 +130,7 @@ def changes_of(action: Action, before: dict[str, Any], move: Any) -> dict[str, A
             "worker_id": move.worker_id,
             "started_at": move.at,
         },
+        Action.BLOCK: lambda: {"status_reason": "tenant_limit"},
         Action.COMPLETE: lambda: {
             **LET_GO,
             "progress": 100,

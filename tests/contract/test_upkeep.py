@@ -12,6 +12,7 @@ import sqlalchemy as sa
 
 from factories import (
     NOW,
+    TENANT,
     WORKER,
     add_job,
     add_schedule,
@@ -32,7 +33,7 @@ from laneway.engine.outcomes import carry_out
 from laneway.engine.reaper import Reaper
 from laneway.engine.transitions import Claim, Complete
 from laneway.engine.upkeep import RING_GRACE
-from laneway.lanes.backend import LaneBackend
+from laneway.lanes.backend import Due, Lack, LaneBackend
 from laneway.lanes.memory_lanes import MemoryLanes
 from laneway.lanes.rq_lanes import RqLanes
 from laneway.scheduler.ticker import BREATH_SECONDS, Ticker
@@ -55,7 +56,7 @@ def test_what_is_due_is_queued_and_rung_and_the_rest_is_left(database: Database)
     waits = add_job(database, JobStatus.RETRYING, next_retry_at=soon)
     others = [add_job(database, status) for status in JobStatus if status not in ("scheduled", "retrying")]
     before = [job_row(database, job_id) for job_id in (early, waits, *others)]
-    assert upkeep.promote(database, now=NOW) == [("low", retrying), ("high", scheduled)]
+    assert upkeep.promote(database, now=NOW) == [("low", retrying, TENANT), ("high", scheduled, TENANT)]
     for job_id in (scheduled, retrying):
         row = job_row(database, job_id)
         assert (row["status"], row["queued_at"], row["next_retry_at"]) == ("queued", NOW, None)
@@ -77,14 +78,16 @@ def test_one_sweep_promotes_no_more_than_its_limit(
     assert upkeep.SWEEP_LIMIT == 500
     monkeypatch.setattr(upkeep, "SWEEP_LIMIT", 3)
     ids = [add_job(database, JobStatus.SCHEDULED, scheduled_for=NOW) for _ in range(4)]
-    assert [job_id for _, job_id in upkeep.promote(database, now=NOW)] == ids[:3]
-    assert [job_id for _, job_id in upkeep.promote(database, now=NOW)] == ids[3:]
+    assert [job_id for _, job_id, _ in upkeep.promote(database, now=NOW)] == ids[:3]
+    assert [job_id for _, job_id, _ in upkeep.promote(database, now=NOW)] == ids[3:]
 
 
 def test_eight_schedulers_promote_each_job_once(database: Database) -> None:
     ids = [add_job(database, JobStatus.SCHEDULED, scheduled_for=NOW) for _ in range(40)]
     results = at_once([lambda: upkeep.promote(database, now=NOW)] * 8)
-    assert sorted(job_id for r in results if isinstance(r, list) for _, job_id in r) == sorted(ids), results
+    assert sorted(job_id for r in results if isinstance(r, list) for _, job_id, _ in r) == sorted(ids), (
+        results
+    )
     assert all(len(events_of(database, job_id)) == 2 for job_id in ids)
 
 
@@ -151,7 +154,7 @@ def test_the_jobs_of_a_silent_worker_wait_again_after_one_lease(database: Databa
     assert watched.sweep_for(LEASE - 5) == []
     assert (status_of(database, job_id), state_of(database, worker_id)) == ("running", "active")
     watched.clock.advance(seconds=5)
-    assert watched.reaper.sweep() == [("high", job_id)]
+    assert watched.reaper.sweep() == [("high", job_id, TENANT)]
     row = job_row(database, job_id)
     assert (row["status"], row["crash_count"], row["retry_count"], row["attempt"]) == ("queued", 1, 0, 1)
     assert state_of(database, worker_id) == "dead"
@@ -170,7 +173,7 @@ def test_a_healthy_worker_keeps_its_job_for_ever(database: Database, watched: Wa
 def test_the_third_worker_that_a_job_takes_down_makes_it_poison(database: Database, watched: Watched) -> None:
     fresh = held_by(database, add_worker(database), crash_count=CRASH_LIMIT - 2)
     third = held_by(database, add_worker(database), crash_count=CRASH_LIMIT - 1)
-    assert watched.sweep_for(LEASE) == [("high", fresh)]
+    assert watched.sweep_for(LEASE) == [("high", fresh, TENANT)]
     row = job_row(database, third)
     assert (row["status"], row["dead_letter_reason"], row["crash_count"]) == ("failed", "poison", CRASH_LIMIT)
     assert row["error"]["category"] == "crash"
@@ -190,7 +193,7 @@ def test_what_a_worker_left_behind_is_released_at_once_and_without_blame(
 ) -> None:
     worker_id = add_worker(database, state="gone") if owner == "gone" else new_id()
     job_id = held_by(database, worker_id, crash_count=CRASH_LIMIT - 1)
-    assert watched.reaper.sweep() == [("high", job_id)]
+    assert watched.reaper.sweep() == [("high", job_id, TENANT)]
     assert job_row(database, job_id)["crash_count"] == CRASH_LIMIT - 1
 
 
@@ -201,7 +204,7 @@ def test_a_job_whose_living_worker_does_not_know_of_it_is_released_without_blame
     known, lost = held_by(database, worker_id), held_by(database, worker_id)
     beating = {worker_id: [hold_of(database, known)[2]]}
     assert watched.sweep_for(5, beating=beating) == []
-    assert watched.sweep_for(10, beating=beating) == [("high", lost)]
+    assert watched.sweep_for(10, beating=beating) == [("high", lost, TENANT)]
     assert job_row(database, lost)["crash_count"] == 0
     assert status_of(database, known) == "running"
 
@@ -242,7 +245,9 @@ def test_eight_reapers_take_a_job_back_once(database: Database, clock: FrozenClo
     ids = [held_by(database, worker_id) for _ in range(10)]
     reapers = [Reaper(database, clock, lease_seconds=LEASE, crash_limit=CRASH_LIMIT) for _ in range(8)]
     results = at_once([reaper.sweep for reaper in reapers])
-    assert sorted(job_id for r in results if isinstance(r, list) for _, job_id in r) == sorted(ids), results
+    assert sorted(job_id for r in results if isinstance(r, list) for _, job_id, _ in r) == sorted(ids), (
+        results
+    )
     assert all(job_row(database, job_id)["crash_count"] == 1 for job_id in ids)
 
 
@@ -267,7 +272,7 @@ def queued(database: Database, count: int, *, lane: str = "normal", age: timedel
 
 
 def push(lanes: LaneBackend, ids: list[str], *, lane: str = "normal") -> int:
-    return lanes.push([(lane, job_id) for job_id in ids])
+    return lanes.push([Due(lane, job_id, TENANT) for job_id in ids])
 
 
 def reconcile(database: Database, lanes: LaneBackend) -> int:
@@ -380,7 +385,7 @@ def test_a_refusal_while_the_rows_are_read_keeps_the_flag_up(database: Database,
     claim_all(database, lanes.take(["normal"], 2, worker_name="w"))
     seen = lanes.backlog("normal")
     push(lanes, [new_id()])
-    lanes.refill("normal", [], ids[WINDOW:], complete=True, refusals_seen=seen.refusals)
+    lanes.refill("normal", [Lack(TENANT, [], ids[WINDOW:], True)], refusals_seen=seen.refusals)
     assert lanes.backlog("normal").waiting
 
 

@@ -13,7 +13,9 @@ from laneway import models
 from laneway.clock import SystemClock, new_id
 from laneway.domain.states import FINAL, JobStatus
 from laneway.engine import administration, statistics
+from laneway.engine.access import tenants
 from laneway.engine.access.callers import Role
+from laneway.engine.turns import MAX_WEIGHT
 
 
 @pytest.fixture
@@ -276,6 +278,26 @@ def test_tenants_are_made_named_and_listed(api: LocalApi) -> None:
     assert (rest["data"][0]["name"], rest["has_more"]) == ("default", False)
     actions = [e["action"] for e in api.get("/admin/audit-log", key=admin).json()["data"]]
     assert actions == ["tenant.changed", "tenant.created"]
+
+
+@pytest.mark.parametrize(
+    ("field", "least", "most"), [("weight", 1, MAX_WEIGHT), ("max_queued", 1, tenants.MAX_QUEUED)]
+)
+def test_a_tenant_s_turns_and_quota_are_taken_within_their_limits(
+    each_api: LocalApi, admin: str, field: str, least: int, most: int
+) -> None:
+    path = f"/admin/tenants/{each_api.tenant_id}"
+    before = each_api.get(path, key=admin).json()
+    assert (before["weight"], before["max_queued"]) == (1, None)
+    for value in (least, most):
+        answer = each_api.request("PATCH", path, key=admin, json={field: value})
+        assert (answer.status_code, answer.json()[field]) == (200, value)
+        assert answer.json()["name"] == before["name"], "what is left out stays"
+    for wrong in (least - 1, most + 1, "many", 1.5, None if field == "weight" else []):
+        assert each_api.request("PATCH", path, key=admin, json={field: wrong}).status_code == 422
+    assert each_api.get(path, key=admin).json()[field] == most
+    if field == "max_queued":
+        assert each_api.request("PATCH", path, key=admin, json={field: None}).json()[field] is None
 
 
 def test_two_tenants_never_have_one_name(each_api: LocalApi, admin: str) -> None:

@@ -26,6 +26,7 @@ ANSWERED = {
     *("tags", "metadata", "scheduled_for", "expires_at", "timeout_seconds", "max_retries"),
     *("retry_delay_seconds", "retry_backoff", "retry_max_delay_seconds", "retry_jitter", "unique_key"),
     *("webhook_url", "webhook_events", "webhook_delivered", "webhook_attempts", "status", "status_reason"),
+    *("concurrency_key", "concurrency_limit", "position"),
     *("cancelling", "progress", "progress_message", "progress_details", "result", "error", "attempt"),
     *("retry_count", "next_retry_at", "worker", "dead_letter_reason", "created_at", "queued_at"),
     *("started_at", "finished_at", "updated_at", "cancelled_at", "cancelled_by"),
@@ -47,6 +48,8 @@ EVERYTHING: dict[str, Any] = {
     "retry_max_delay_seconds": 10.0,
     "retry_jitter": False,
     "unique_key": "one",
+    "concurrency_key": "two at once",
+    "concurrency_limit": 2,
     "webhook_url": "https://hooks.example.com/laneway",
     "webhook_events": ["job.completed", "job.failed"],
 }
@@ -62,14 +65,15 @@ def test_a_job_is_accepted_with_a_place_to_look_and_a_time_to_wait(each_api: Loc
     assert response.status_code == 202
     assert response.headers["location"] == f"/api/v1/jobs/{response.json()['id']}"
     assert response.headers["retry-after"] == "1"
-    assert each_api.get(response.headers["location"].removeprefix("/api/v1")).json() == response.json()
+    place = response.headers["location"].removeprefix("/api/v1")
+    assert each_api.get(place).json() == response.json() | {"position": 1}
 
 
 def test_what_is_asked_for_is_answered_stored_and_read_back(each_api: LocalApi) -> None:
     job = each_api.make(**EVERYTHING)
     asked = EVERYTHING | {"expires_at": "2098-12-31T22:00:00.000000Z"}
     assert {name: job[name] for name in asked} == asked
-    assert each_api.get(f"/jobs/{job['id']}").json() == job
+    assert each_api.get(f"/jobs/{job['id']}").json() == job | {"position": 1}
 
 
 def test_the_answer_has_the_documented_fields_and_no_others(each_api: LocalApi) -> None:

@@ -42,6 +42,8 @@ def test_a_job_type_tells_what_may_be_passed_and_its_defaults(api: LocalApi) -> 
         "timeout_seconds": None,
         "tags": [],
         "unique_key": None,
+        "concurrency_key": None,
+        "concurrency_limit": None,
     }
 
 

@@ -21,7 +21,7 @@ import pytest
 import sqlalchemy as sa
 
 from api_client import LocalApi, claim, complete
-from factories import TENANT, add_job
+from factories import TENANT, add_job, change
 from fault_proxy import FaultProxy
 from laneway import db, models
 from laneway.clock import FrozenClock
@@ -409,6 +409,34 @@ def test_a_refusal_rests_on_a_count_not_older_than_a_second(database: Database, 
     assert ask(service, "low") == ["quota_queued"]
     clock.advance(seconds=admission.COUNT_SECONDS)
     assert ask(service, "low") == ["ok"]
+
+
+@pytest.mark.parametrize("setting", [1, 1000])
+def test_a_tenant_with_a_quota_of_its_own_has_that_many_and_not_one_more(
+    database: Database, clock: FrozenClock, setting: int
+) -> None:
+    """Whatever the setting says; the others have what it says."""
+    own = {"id": TENANT, "name": "own", "webhook_secret": "s", "created_by": "t", "max_queued": 3}
+    with database.write() as connection:
+        connection.execute(sa.insert(models.tenants).values(own))
+    service = service_on(database, clock, waiting_per_tenant=setting)
+    assert ask(service, *["low"] * 5) == ["ok"] * 3 + ["quota_queued"] * 2
+    others = ask(service, "low", "low", caller=OTHER)
+    assert others == (["ok", "quota_queued"] if setting == 1 else ["ok", "ok"])
+    [refused] = service.enqueue([service.prepare(JobSpec(job_type="demo.noop"), OPERATOR)])
+    assert isinstance(refused, QuotaQueued)
+    assert refused.facts == {"waiting": 3, "limit": 3}
+
+
+def test_a_new_quota_is_heard_with_the_next_count(database: Database, clock: FrozenClock) -> None:
+    own = {"id": TENANT, "name": "own", "webhook_secret": "s", "created_by": "t", "max_queued": 1}
+    with database.write() as connection:
+        connection.execute(sa.insert(models.tenants).values(own))
+    service = service_on(database, clock, waiting_per_tenant=10)
+    assert ask(service, "low", "low") == ["ok", "quota_queued"]
+    change(database, models.tenants, TENANT, max_queued=None)
+    clock.advance(seconds=admission.COUNT_SECONDS)
+    assert ask(service, "low", "low") == ["ok", "ok"]
 
 
 def test_a_quota_is_counted_off_the_hot_path(database: Database, clock: FrozenClock) -> None:

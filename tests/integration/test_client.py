@@ -37,7 +37,7 @@ def test_a_job_from_its_making_to_its_end(api: ServedApi, client: LanewayClient)
     made = client.enqueue("demo.echo", {"a": 1}, priority="high", tags=["x", "y"], idempotency_key="one")
     again = client.enqueue("demo.echo", {"a": 1}, priority="high", tags=["x", "y"], idempotency_key="one")
     assert made == again
-    assert client.get(made.id) == made
+    assert client.get(made.id) == dataclasses.replace(made, position=1)
     with pytest.raises(errors.NotFinished):
         client.result(made.id)
     assert client.change(made.id, priority="low").priority == "low"

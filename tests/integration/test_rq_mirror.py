@@ -98,13 +98,13 @@ def test_a_pushed_job_is_a_real_rq_job(lanes: RqLanes, redis: redis_py.Redis) ->
     assert Job.fetch("short_id-1", connection=redis).args == ("short_id-1",)
 
 
-def test_the_hash_has_only_fields_that_rq_writes(lanes: RqLanes, redis: redis_py.Redis) -> None:
+def test_the_hash_has_only_fields_that_rq_writes_and_its_turn(lanes: RqLanes, redis: redis_py.Redis) -> None:
     lanes.push([("high", "a")])
     lanes.take(["high"], 1, worker_name="w1")
     lanes.mirror_running([("high", "a")], worker_name="w1", lease_seconds=30)
     lanes.mirror_ended([EndedRun("high", "a", JobStatus.COMPLETED)], worker_name="w1")
     stock = rq.Queue("other", connection=redis).enqueue("os.getpid", result_ttl=5, failure_ttl=5)
-    names = set(stock.to_dict()) | {"status"}
+    names = set(stock.to_dict()) | {"status", "turn"}
     assert {field.decode() for field in redis.hkeys("rq:job:a")} <= names
 
 

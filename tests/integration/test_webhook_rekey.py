@@ -11,15 +11,16 @@ import pytest
 import sqlalchemy as sa
 from standardwebhooks.webhooks import Webhook
 
-from factories import rows_of
+from factories import add_job, job_row, rows_of
 from laneway.clock import new_id
 from laneway.db import Database
+from laneway.domain.states import JobStatus
 from laneway.engine.access.callers import rotate_webhook_secret
 from laneway.models import tenants, webhook_endpoints
 from laneway.webhooks import rekey as rekey_module
 from laneway.webhooks.papers import endpoint_context, signing_key_context
 from laneway.webhooks.rekey import Rekeyed, rekey
-from laneway.webhooks.secrets import SecretBox, tenant_context
+from laneway.webhooks.secrets import SecretBox, target_headers_context, tenant_context
 from laneway_process import laneway
 from webhook_desk import Desk, wait_for_waiter
 from webhook_office import Office
@@ -73,6 +74,32 @@ def opened(database: Database, box: SecretBox) -> dict[str, list[str]]:
         texts += [text for text in (row["headers"], row["client_certificate"]) if text is not None]
         found[row["id"]] = [box.open(text, context) for text in texts]
     return found
+
+
+def test_the_headers_of_http_jobs_are_sealed_again_whatever_became_of_the_job(desk: Desk) -> None:
+    database, tenant_id = desk.office.database, desk.office.tenant_id
+    context = target_headers_context(tenant_id)
+
+    def make(status: JobStatus, key: dict[str, bytes], **private: str) -> str:
+        private["headers"] = SecretBox(key).seal('{"a":"b"}', context)
+        return add_job(
+            database,
+            status,
+            tenant_id=tenant_id,
+            job_type="http.request",
+            parameters={"url": "https://x.org/", "private": private},
+        )
+
+    old = [make(status, {"k1": OLD}, traceparent="t") for status in (JobStatus.QUEUED, JobStatus.FAILED)]
+    lost = make(JobStatus.QUEUED, {"k1": bytes(reversed(NEW))})
+    add_job(database, tenant_id=tenant_id, job_type="http.request", parameters={"private": {}})
+    done = run(desk)
+    assert (done.jobs, [each.split(":")[0] for each in done.unreadable]) == (2, [f"jobs {lost}"])
+    for job_id in old:
+        parameters = job_row(database, job_id)["parameters"]
+        assert SecretBox({"k2": NEW}).open(parameters["private"].pop("headers"), context) == '{"a":"b"}'
+        assert parameters == {"url": "https://x.org/", "private": {"traceparent": "t"}}
+    assert run(desk).jobs == 0
 
 
 def run(desk: Desk, keys: dict[str, bytes] = BOTH) -> Rekeyed:
@@ -174,13 +201,14 @@ def test_the_command_says_what_it_did_and_fails_while_something_is_left(desk: De
     url = {"LANEWAY_DATABASE_URL": database_url_of(database)}
     keys = f"k2:{encoded(NEW)},k1:{encoded(OLD)}"
     done = laneway("webhooks", "rekey", LANEWAY_ENCRYPTION_KEYS=keys, **url)
-    assert (done.returncode, done.stdout) == (0, "sealed again: 3 tenants, 5 endpoints\n"), done.stderr
+    expected = (0, "sealed again: 3 tenants, 5 endpoints, 0 jobs\n")
+    assert (done.returncode, done.stdout) == expected, done.stderr
     stranger = new_id()
     values = {"id": stranger, "name": "x", "created_by": "t", "webhook_secret": "k0.AAAA.AAAA"}
     with database.write() as connection:
         connection.execute(sa.insert(tenants).values(values))
     left = laneway("webhooks", "rekey", LANEWAY_ENCRYPTION_KEYS=keys, **url)
-    assert (left.returncode, left.stdout) == (1, "sealed again: 0 tenants, 0 endpoints\n")
+    assert (left.returncode, left.stdout) == (1, "sealed again: 0 tenants, 0 endpoints, 0 jobs\n")
     assert stranger in left.stderr
     for key in (OLD, NEW):
         assert encoded(key) not in left.stderr

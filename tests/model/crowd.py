@@ -37,6 +37,7 @@ from laneway.engine.transitions import (
     MOVES,
     Applied,
     BackOff,
+    Block,
     Cancel,
     Claim,
     Enqueue,
@@ -265,6 +266,7 @@ def _moves(rng: Random, rows: Sequence[sa.Row[Any, Any, Any, Any]], now: datetim
         }
         extra: dict[type[Move], dict[str, Any]] = {
             Claim: {"lease_token": new_id(), "worker_id": new_id(), "at": now},
+            Block: {"reason": "concurrency_key"},
             Cancel: {"by": OLGA.subject, "reason": "bulk"},
             RetryLater: {"next_retry_at": now + timedelta(seconds=1)},
             BackOff: {"next_retry_at": now + timedelta(seconds=1)},

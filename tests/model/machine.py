@@ -39,6 +39,7 @@ from laneway.engine.transitions import (
     RETURNED,
     Applied,
     BackOff,
+    Block,
     Cancel,
     Claim,
     Complete,
@@ -100,9 +101,12 @@ FOREIGN = frozenset(
         "chain_id",
         "chain_run_id",
         "chain_step",
+        "concurrency_key",
+        "concurrency_limit",
         "dependencies_left",
         "depends_on",
         "followed_seq",
+        "gated",
         "linked",
         "on_dependency_failure",
         "scheduled_job_id",
@@ -303,7 +307,8 @@ class Conformance(RuleBasedStateMachine):
         soon = self.now + timedelta(seconds=30)
         odd = twist % 2
         moves: dict[type[Move], Callable[[], Move]] = {
-            Enqueue: lambda: Enqueue(job_id),
+            Enqueue: lambda: Enqueue(job_id, NOW if odd else None),
+            Block: lambda: Block(job_id, reason="concurrency_key" if odd else "tenant_limit"),
             Claim: lambda: Claim(job_id, new_id(), self.workers[twist % 3], self.now),
             Complete: lambda: Complete(*hold, result='{"a":1}'),
             BackOff: lambda: BackOff(*hold, soon, charge=odd, crash=1 - odd, error=ERROR),
@@ -500,7 +505,7 @@ class Conformance(RuleBasedStateMachine):
             [made] = self.world.carry_out([_taken_back(row, died)], now=self.now, actor="scheduler")
             if isinstance(made, Made) and made.status == "queued":
                 expected.append((row["lane"], row["id"]))
-        assert sorted(rung) == sorted(expected)
+        assert sorted((due[0], due[1]) for due in rung) == sorted(expected)
 
     def _tokens_of(self, worker: str) -> list[str]:
         return [r["lease_token"] for r in self.world.where("running") if r["worker_id"] == worker]
@@ -625,7 +630,7 @@ class Conformance(RuleBasedStateMachine):
         moments += [r["next_retry_at"] for r in self.world.where("retrying")]
         assert upkeep.next_due(self.database) == min(moments, default=None)
         rung = upkeep.promote(self.database, now=self.now)
-        assert rung == [(self.world.jobs[job_id]["lane"], job_id) for job_id in due]
+        assert [tuple(each[:2]) for each in rung] == [(self.world.jobs[i]["lane"], i) for i in due]
         self.world.carry_out([Enqueue(job_id) for job_id in due], now=self.now, actor="scheduler")
         self.service.ring(rung)
 

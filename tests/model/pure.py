@@ -18,6 +18,7 @@ from laneway.engine.endings import Cancelled, Crashed, Ending, Raised, Returned,
 from laneway.engine.outcomes import Claimed
 from laneway.engine.transitions import (
     BackOff,
+    Block,
     Cancel,
     Claim,
     Complete,
@@ -45,6 +46,7 @@ RUNNING = frozenset({"running"})
 TABLE: dict[type[Move], tuple[str, frozenset[str], str]] = {
     Enqueue: ("enqueue", frozenset({"scheduled", "blocked", "retrying"}), "queued"),
     Claim: ("claim", frozenset({"queued"}), "running"),
+    Block: ("block", frozenset({"queued"}), "blocked"),
     Complete: ("complete", RUNNING, "completed"),
     BackOff: ("back_off", RUNNING, "retrying"),
     Fail: ("fail", RUNNING, "failed"),
@@ -77,6 +79,7 @@ ANEW = (
     | UNWISHED
     | {
         "finished_at": None,
+        "status_reason": None,
         "result": None,
         "error": None,
         "dead_letter_reason": None,
@@ -96,7 +99,6 @@ _FRESH = (
         "event_seq": 1,
         "created_at": None,
         "updated_at": None,
-        "status_reason": None,
         "attempt": 0,
         "next_retry_at": None,
         "started_at": None,
@@ -379,7 +381,9 @@ def _is_id(text: str) -> bool:
 def _effects(row: Row, move: Move, now: datetime) -> Row:
     match move:
         case Enqueue():
-            return {"queued_at": now, "next_retry_at": None, "status_reason": None}
+            return {"queued_at": move.queued_at or now, "next_retry_at": None, "status_reason": None}
+        case Block():
+            return {"status_reason": move.reason}
         case Claim():
             return NO_PROGRESS | {
                 "attempt": row["attempt"] + 1,

@@ -189,9 +189,9 @@ class Stack:
         (pid,) = (p for p in _children(worker.pid) if b"laneway.worker.nursery" in _read(p, "cmdline"))
         return pid
 
-    def children(self, worker: Process) -> list[int]:
-        """The children that wait for jobs or run them."""
-        return [pid for pid in _children(self.nursery(worker)) if is_alive(pid)]
+    def children(self, worker: Process, *, dead: bool = False) -> list[int]:
+        """The children that wait for jobs or run them; with `dead` those too that nobody has reaped."""
+        return [pid for pid in _children(self.nursery(worker)) if dead or is_alive(pid)]
 
     # Jobs
 
@@ -326,6 +326,11 @@ def _state(pid: int) -> str:
 
 def is_alive(pid: int) -> bool:
     return _state(pid) not in "ZX"
+
+
+def descriptors(pid: int) -> int:
+    """How many it has open."""
+    return len(os.listdir(f"/proc/{pid}/fd"))
 
 
 def _children(parent: int) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import inspect
 import os
 import signal
 import stat
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from laneway.engine.context import JobContext
+from laneway.engine.registry import register_job_function
 from laneway.sdk.decorators import background_job
 
 _never = threading.Event()
@@ -271,3 +273,30 @@ def last_breath(deadly: bool) -> None:
 def complain(about: str) -> None:
     """Fails, and its message tells what it was given."""
     raise ValueError(f"I do not like {about}")
+
+
+_remembered: list[str] = []
+
+
+@background_job("test.remember")
+def remember(ledger: str) -> None:
+    """Write its pid, its folder, and how many of these jobs its process has run; then go elsewhere."""
+    _remembered.append("x")
+    _append(ledger, f"{os.getpid()} {Path.cwd()} {len(_remembered)}")
+    os.chdir("/")
+
+
+@background_job("test.stay", isolation="fork")
+def stay(ledger: str) -> None:
+    """Take from its process the way out."""
+
+    def never_exit(_: int) -> None:
+        while True:
+            _never.wait(1)
+
+    os._exit = never_exit  # type: ignore[assignment]
+    _append(ledger, str(os.getpid()))
+
+
+for _job in (note, hold, endless, poison, progress, remember):
+    register_job_function(f"{_job.job_type}_forked", inspect.unwrap(_job), isolation="fork")

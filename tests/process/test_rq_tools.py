@@ -18,7 +18,8 @@ from rq.registry import StartedJobRegistry
 from rq_dashboard.cli import make_flask_app
 
 from laneway.models import job_events
-from process.stack import Process, Stack
+from process.stack import Process, Stack, is_alive
+from servers import wait_until
 
 HOOK = "https://hooks.example.com/jobs"  # no courier runs here: nothing is ever sent
 
@@ -244,3 +245,17 @@ def test_a_stock_worker_shows_progress_while_it_runs_and_kills_what_outstays(
     row = stack.wait(hung, "timeout")
     assert (row["attempt"], row["dead_letter_reason"]) == (1, "timeout")
     stack.wait(stack.enqueue("demo.noop"), seconds=30)
+
+
+def test_what_outstays_its_timeout_on_a_stock_worker_is_killed_also_while_the_store_is_away(
+    postgres_url: str, redis_url: str, tmp_path: Path
+) -> None:
+    ledger = tmp_path / "ledger"
+    with Stack(postgres_url, redis_url, tmp_path) as stack:
+        stack.env |= {"LANEWAY_LEASE_SECONDS": "600", "LANEWAY_STATEMENT_SECONDS": "1"}
+        stack.stock_worker("normal")
+        stack.enqueue("test.endless", {"how": "base", "ledger": str(ledger)}, timeout_seconds=1)
+        (line,) = stack.wait_for_file(ledger)
+        with stack.database.write() as connection:
+            connection.execute(sa.text("LOCK TABLE jobs, workers IN ACCESS EXCLUSIVE MODE"))
+            wait_until(lambda: not is_alive(int(line.split()[1])), what="its process is dead", seconds=30)

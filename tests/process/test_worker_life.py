@@ -61,7 +61,7 @@ def test_a_job_longer_than_the_drain_goes_back_uncharged_to_its_old_place(
         assert stack.events(job_id) == ["create", "claim", "release"]
     with stack.redis() as redis:
         assert redis.lrange("rq:queue:normal", 0, -1) == running + waiting
-        assert redis.hget("laneway:backlog:normal", "waiting") is None, "later pushes need not wait"
+        assert not redis.exists("laneway:backlog:normal"), "later pushes need not wait"
     gate.touch()
     stack.worker("--burst", ready=False).wait()
     stack.wait_all(running + waiting)
@@ -161,6 +161,19 @@ def test_a_task_module_that_ends_its_process_ends_the_worker(stack: Stack) -> No
     worker = stack.worker(ready=False, LANEWAY_TASKS="leaving_tasks", PYTHONPATH=path)
     assert worker.wait() == 1
     assert "the nursery process died" in worker.said()
+
+
+def test_a_signature_that_cannot_be_read_fails_the_jobs_of_its_own_type_only(stack: Stack) -> None:
+    (stack.folder / "odd_tasks.py").write_text(
+        "from laneway import background_job\n"
+        "@background_job('test.note')\n"
+        "def note(ledger: 'Nowhere', text: str) -> None: ...\n"
+    )
+    path = f"{stack.env['PYTHONPATH']}{os.pathsep}{stack.folder}"
+    stack.worker(LANEWAY_TASKS="odd_tasks", PYTHONPATH=path)
+    odd = stack.enqueue("test.note", {"ledger": "l", "text": "t"}, max_retries=0)
+    stack.wait(stack.enqueue("demo.noop"))
+    assert stack.wait(odd, "failed")["error"]["type"] == "NameError"
 
 
 def test_the_last_words_of_a_handler_are_heard(stack: Stack, tmp_path: Path) -> None:

@@ -198,11 +198,10 @@ class Scheduler:
         yield SHORT
         present = set(lanes.call("contents", lane))
         queued = [(job_id, at) for at, job_id in rows]
-        lacks = missing(queued, present, window=LANE_WINDOW, refused=backlog.waiting, now=now)
+        lacks = missing(queued, present, tenant_id="", window=LANE_WINDOW, refused=backlog.waiting, now=now)
         if lacks.head or lacks.tail or (backlog.waiting and lacks.complete):
             yield SHORT
-            options = {"complete": lacks.complete, "refusals_seen": backlog.refusals}
-            lanes.call("refill", lane, lacks.head, lacks.tail, **options)
+            lanes.call("refill", lane, [lacks], refusals_seen=backlog.refusals)
 
     def _ring(self, outcomes: list[Outcome]) -> None:
         self._world.lanes.push(

@@ -111,6 +111,7 @@ def _coalesce(*values: Any) -> Any:
 
 _WORDS = (
     (r"jobs\.queue NOT IN \(SELECT paused_queues\.queue FROM paused_queues\)", "True"),  # none is paused here
+    (r"jobs\.tenant_id NOT IN \(SELECT tenants\.id FROM tenants WHERE [\w. ]+\)", "True"),  # or limited
     (r"\bIS NOT NULL\b", "is not None"),
     (r"\bIS NULL\b", "is None"),
     (r"\bNULL\b", "None"),
@@ -191,6 +192,8 @@ def change(row: Row, move: Move, *, now: datetime) -> None:
     row["status"] = RULES[move.action].target
     row["event_seq"] += 1
     row["version"] += 1
+    if row["status"] in FINAL:
+        row["followed_seq"] = row["event_seq"]
 
 
 class Store:

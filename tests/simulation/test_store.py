@@ -17,6 +17,7 @@ from laneway.engine.transitions import (
     MOVES,
     Applied,
     BackOff,
+    Block,
     Cancel,
     Claim,
     Complete,
@@ -52,6 +53,7 @@ def moves_on(job_id: str, attempt: int, token: str) -> list[Move]:
     moves: list[Move] = [
         Enqueue(job_id),
         Claim(job_id, new_id(), WORKER, NOW),
+        Block(job_id, reason="tenant_limit"),
         Cancel(job_id, by="bob", reason="because"),
         Expire(job_id),
         Retry(job_id),

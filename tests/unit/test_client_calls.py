@@ -14,12 +14,13 @@ import pytest
 
 from laneway import errors
 from laneway.clock import new_id
+from laneway.domain.http_target import HttpTarget
 from laneway.domain.spec import JobSpec, Priority
 from laneway.domain.states import JobStatus
 from laneway.sdk import calls, operations
 from laneway.sdk.calls import EventReader, Tries
 from laneway.sdk.client import RECONNECTS, AsyncLanewayClient, LanewayClient
-from laneway.sdk.operations import JobOptions
+from laneway.sdk.operations import JobOptions, Target
 
 URL = "http://laneway.test"
 Answer = httpx.Response | Exception
@@ -159,7 +160,20 @@ def test_a_job_is_asked_for_and_read(awaited: bool) -> None:
 
 def test_every_option_of_a_job_is_one_that_the_api_takes() -> None:
     assert set(JobOptions.__annotations__) <= set(JobSpec.model_fields)
-    assert set(JobSpec.model_fields) - set(JobOptions.__annotations__) == {"job_type", "parameters"}
+    said = {"job_type", "parameters", "target"}  # as arguments of their own
+    assert set(JobSpec.model_fields) - set(JobOptions.__annotations__) == said
+    assert set(Target.__annotations__) == set(HttpTarget.model_fields)
+
+
+@both
+def test_a_job_is_asked_for_with_a_type_or_a_target(awaited: bool) -> None:
+    target: Target = {"url": "https://api.example.com/do", "body": {"a": 1}}
+    server = Server(httpx.Response(202, json=job()))
+    ask(server, lambda client: client.enqueue(target=target, priority="high"), awaited=awaited)
+    assert json.loads(server.requests[0].content) == {"target": target, "priority": "high"}
+    for wrong in ({}, {"job_type": "demo.echo", "target": target}, {"parameters": {}, "target": target}):
+        with pytest.raises(TypeError, match="or a target"):
+            operations.enqueue(**wrong)  # type: ignore[arg-type]
 
 
 @both

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from laneway.engine.upkeep import RING_GRACE, Missing, missing
+from laneway.engine.upkeep import RING_GRACE, missing
+from laneway.lanes.backend import Lack
 from laneway.lanes.memory_lanes import MemoryLanes
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
@@ -54,9 +55,8 @@ class Lane:
         self.act(waiting[1::3])
         present = set(lanes.contents(LANE))
         self.act(waiting[2::3])
-        lacks = missing(queued, present, window=WINDOW, refused=backlog.waiting, now=NOW)
-        options = {"complete": lacks.complete, "refusals_seen": backlog.refusals}
-        lanes.refill(LANE, lacks.head, lacks.tail, **options)
+        lacks = missing(queued, present, tenant_id="", window=WINDOW, refused=backlog.waiting, now=NOW)
+        lanes.refill(LANE, [lacks], refusals_seen=backlog.refusals)
 
     def act(self, actions: list[str]) -> None:
         for action in actions:
@@ -93,8 +93,8 @@ def test_after_the_loss_of_redis_all_lanes_hold_their_oldest_rows_in_order(depth
     lanes = MemoryLanes(window=WINDOW)
     for lane, depth in depths.items():
         ids = [f"{lane}{n:03}" for n in range(depth)]
-        lacks = missing(rows(*ids[: WINDOW + 1]), (), window=WINDOW, refused=False, now=NOW)
-        lanes.refill(lane, lacks.head, lacks.tail, complete=lacks.complete, refusals_seen=0)
+        lacks = missing(rows(*ids[: WINDOW + 1]), (), tenant_id="", window=WINDOW, refused=False, now=NOW)
+        lanes.refill(lane, [lacks], refusals_seen=0)
     for lane, depth in depths.items():
         assert lanes.contents(lane) == [f"{lane}{n:03}" for n in range(min(depth, WINDOW))]
         assert lanes.backlog(lane).waiting == (depth > WINDOW)
@@ -107,7 +107,7 @@ def test_whatever_a_lane_holds_it_is_given_the_rest_of_its_oldest_rows_once(
     ids = [f"{n:03}" for n in range(depth)]
     here = sorted(place for place in places if place < depth)
     present = [ids[place] for place in here]
-    lacks = missing(rows(*ids[: WINDOW + 1]), present, window=WINDOW, refused=refused, now=NOW)
+    lacks = missing(rows(*ids[: WINDOW + 1]), present, tenant_id="", window=WINDOW, refused=refused, now=NOW)
     held = [*lacks.head, *present, *lacks.tail]
     assert sorted(held) == ids[:WINDOW]
     assert lacks.complete == (depth <= WINDOW)
@@ -128,11 +128,11 @@ def test_whatever_a_lane_holds_it_is_given_the_rest_of_its_oldest_rows_once(
 def test_a_young_row_is_left_to_its_own_push_unless_pushes_were_refused(
     age: timedelta, refused: bool, rung: bool
 ) -> None:
-    lacks = missing(rows("a", age=age), (), window=WINDOW, refused=refused, now=NOW)
-    assert lacks == Missing((), ("a",) if rung else (), complete=True)
+    lacks = missing(rows("a", age=age), (), tenant_id="", window=WINDOW, refused=refused, now=NOW)
+    assert lacks == Lack("", (), ("a",) if rung else (), complete=True)
 
 
 def test_a_window_of_rows_is_all_of_them_and_one_more_is_not() -> None:
     names = [str(n) for n in range(WINDOW + 1)]
-    assert missing(rows(*names[:WINDOW]), (), window=WINDOW, refused=False, now=NOW).complete
-    assert not missing(rows(*names), (), window=WINDOW, refused=False, now=NOW).complete
+    assert missing(rows(*names[:WINDOW]), (), tenant_id="", window=WINDOW, refused=False, now=NOW).complete
+    assert not missing(rows(*names), (), tenant_id="", window=WINDOW, refused=False, now=NOW).complete

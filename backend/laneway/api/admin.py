@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from datetime import datetime, timedelta
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 from uuid import UUID
 
 from fastapi import APIRouter, Query, Request
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from starlette.responses import Response
 
 from laneway.api.gate import GatedRoute, access
@@ -20,11 +20,12 @@ from laneway.domain.states import FINAL, JobStatus
 from laneway.engine import administration, queries, queues, statistics
 from laneway.engine.access import audit, overrides, tenants
 from laneway.engine.access.audit import AuditAction, AuditFilter
-from laneway.engine.access.callers import Caller, Role
+from laneway.engine.access.callers import Role
 from laneway.engine.access.overrides import MAX_SUBJECT, OverrideSpec
 from laneway.engine.administration import CLEANED_UP_UNNAMED, MAX_CLEANED_UP, AdminFilter
-from laneway.engine.queries import MAX_COUNTED, Scope
+from laneway.engine.queries import MAX_COUNTED
 from laneway.engine.statistics import MAX_SAMPLED
+from laneway.engine.turns import MAX_WEIGHT
 from laneway.limits.rules import Policy, RateClass
 from laneway.webhooks.secrets import SecretBox
 
@@ -302,18 +303,10 @@ async def list_audit_log(
     request: Request, caller: CallerDep, runtime: RuntimeDep, asked: Annotated[AuditQuery, Query()]
 ) -> Response:
     """Who did what, of all tenants, newest first."""
-    page, following = await in_thread(_audit_page, runtime, caller, asked)
+    page, following = await in_thread(
+        audit.page, runtime.database, caller, asked.filter, limit=asked.limit, cursor=asked.cursor
+    )
     return page_answer(request, page, following)
-
-
-def _audit_page(
-    runtime: Runtime, caller: Caller, asked: AuditQuery
-) -> tuple[list[dict[str, Any]], str | None]:
-    bound = (Scope(caller.tenant_id), asked.filter)
-    before = queries.decode_cursor(asked.cursor, *bound) if asked.cursor else None
-    with runtime.database.read() as connection:
-        rows, more = audit.page(connection, asked.filter, limit=asked.limit, before=before)
-    return rows, queries.encode_cursor(rows[-1]["id"], *bound) if more else None
 
 
 class TenantRequest(BaseModel):
@@ -324,11 +317,47 @@ class TenantRequest(BaseModel):
     name: Annotated[str, Field(min_length=1, max_length=100)] = Field(description="No other tenant has it.")
 
 
+def _unsaid() -> Any:
+    return None
+
+
+class TenantChange(BaseModel):
+    """What shall be different about a tenant: at least one of these."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: Annotated[str, Field(min_length=1, max_length=100)] = Field(
+        default_factory=_unsaid, description="No other tenant has it."
+    )
+    max_running: Annotated[int, Field(ge=1, le=tenants.MAX_RUNNING)] | None = Field(
+        default_factory=_unsaid, description="How many of its jobs run at once; null: as many as there are."
+    )
+    max_queued: Annotated[int, Field(ge=1, le=tenants.MAX_QUEUED)] | None = Field(
+        default_factory=_unsaid,
+        description="How many of its jobs may wait; null: what `LANEWAY_WAITING_PER_TENANT` says.",
+    )
+    weight: Annotated[int, Field(ge=1, le=MAX_WEIGHT)] = Field(
+        default_factory=_unsaid,
+        description="Its share of the turns inside a lane, beside the weights of the others that wait there.",
+    )
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Self:
+        if not self.model_fields_set:
+            raise ValueError(f"give at least one of {', '.join(type(self).model_fields)}")
+        return self
+
+
 class TenantView(BaseModel):
     """A tenant."""
 
     id: str
     name: str
+    max_running: int | None = Field(description="How many of its jobs run at once; null: any number.")
+    max_queued: int | None = Field(
+        description="How many of its jobs may wait; null: what `LANEWAY_WAITING_PER_TENANT` says."
+    )
+    weight: int = Field(description="Its share of the turns inside a lane.")
     created_by: str
     created_at: datetime
     updated_at: datetime
@@ -385,15 +414,20 @@ async def get_tenant(tenant_id: UUID, runtime: RuntimeDep) -> Response:
 @router.patch(
     "/admin/tenants/{tenant_id}",
     response_model=TenantView,
-    operation_id="renameTenant",
+    operation_id="changeTenant",
     responses=problems(400, 404, 409, 413, 415),
 )
 @access(RateClass.DEFAULT, Role.ADMIN)
-async def rename_tenant(
-    tenant_id: UUID, how: TenantRequest, caller: CallerDep, runtime: RuntimeDep
+async def change_tenant(
+    tenant_id: UUID, how: TenantChange, caller: CallerDep, runtime: RuntimeDep
 ) -> Response:
-    """Give a tenant another name. Its id, and all that is its own, stays."""
-    return as_json(await in_thread(tenants.rename, runtime.database, str(tenant_id), caller, name=how.name))
+    """Give a tenant another name, or other limits. Its id, and all that is its own, stays.
+
+    Jobs beyond a lower limit run on; none starts until there is room. A `weight` counts for jobs that are
+    queued from a second later on, a `max_queued` from the next count on: a second, unless counting is slow.
+    """
+    given = how.model_dump(include=how.model_fields_set)
+    return as_json(await in_thread(tenants.change, runtime.database, str(tenant_id), caller, given))
 
 
 class RateLimitView(OverrideSpec):

@@ -24,6 +24,7 @@ from laneway.api import (
     events,
     health,
     job_history,
+    job_reports,
     jobs,
     me,
     metrics,
@@ -83,7 +84,7 @@ def create_api(settings: Settings, *, leaving: Leaving | None = None) -> FastAPI
         *(jobs, events, cancels, job_history, queues, workers, dead_letters, webhooks, deliveries),
         *(api_keys, auth_tokens, me),
         *(admin, compat, rate_limits),
-        *(scheduled_jobs, batches, chains),
+        *(scheduled_jobs, batches, chains, job_reports),
     )
     for router in (*(noun.router for noun in nouns), *_mounted(settings)):
         app.include_router(router, prefix=BASE)

@@ -41,6 +41,14 @@ _SCOPES: tuple[tuple[str, AccessScope | None, AccessScope | None], ...] = (
 )
 _OF_MOUNTED = (AccessScope.JOBS_READ, AccessScope.JOBS_WRITE)  # what an application mounts is about jobs
 
+_OF_AN_ATTEMPT = frozenset(  # what the token of an HTTP job opens, and no other credential
+    {
+        ("POST", "/jobs/{job_id}/progress"),
+        ("POST", "/jobs/{job_id}/complete"),
+        ("POST", "/jobs/{job_id}/fail"),
+    }
+)
+
 _OF_ONE_JOB = frozenset(  # what a token that is bound to a job opens
     {
         ("GET", "/jobs/{job_id}"),
@@ -102,9 +110,13 @@ def check_scope(request: Request, caller: Caller, path: str, scope: AccessScope 
 
     For a token that is bound to a job, another job is one that does not exist.
     """
+    here = request.method, path.removeprefix("/api/v1")
+    if (here in _OF_AN_ATTEMPT) != (caller.attempt is not None):
+        raise Forbidden(
+            "targets of HTTP jobs report with the Laneway-Job-Token they were sent, and only report"
+        )
     if caller.job_id is not None:
-        path = path.removeprefix("/api/v1")
-        if (request.method, path) not in _OF_ONE_JOB:
+        if caller.attempt is None and here not in _OF_ONE_JOB:
             raise Forbidden("this token is for one job only", job_id=caller.job_id)
         job_id = request.path_params.get("job_id", caller.job_id).lower()
         if job_id != caller.job_id:

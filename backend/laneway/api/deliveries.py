@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from datetime import datetime
 from typing import Annotated, Any, Literal, Self
 from uuid import UUID
 
-import sqlalchemy as sa
 from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from starlette.responses import Response
@@ -15,12 +13,11 @@ from starlette.responses import Response
 from laneway.api.gate import GatedRoute, access
 from laneway.api.idempotency import IdempotencyKey, key_of, once, replayed
 from laneway.api.jobs import MAX_PAGE, POLL_HINT_SECONDS, Moment, PageQuery, as_json, link_to, page_answer
-from laneway.api.runtime import CallerDep, Runtime, RuntimeDep, in_thread
+from laneway.api.runtime import CallerDep, RuntimeDep, in_thread
 from laneway.api.schemas import problems
 from laneway.domain.events import EventType, SystemEvent
 from laneway.engine import idempotency, recoveries, webhook_ledger
 from laneway.engine.access.callers import Role
-from laneway.engine.queries import Scope, decode_cursor, encode_cursor
 from laneway.engine.recoveries import MAX_COUNTED, MAX_PER_SECOND, PER_SECOND, Mode, Wish
 from laneway.engine.service import scope_of
 from laneway.engine.webhook_ledger import MAX_ATTEMPTS_SHOWN, DeliveryFilter
@@ -33,7 +30,6 @@ router = APIRouter(route_class=GatedRoute, tags=["webhooks"])
 
 Event = EventType | SystemEvent
 Trigger = Literal["auto", "manual", "recover", "test"]
-_Read = Callable[[sa.Connection, str | None], tuple[list[dict[str, Any]], bool]]
 
 
 class DeliveryView(BaseModel):
@@ -180,16 +176,13 @@ async def list_deliveries(
     request: Request, caller: CallerDep, runtime: RuntimeDep, asked: Annotated[DeliveryQuery, Query()]
 ) -> Response:
     """Deliveries, newest first. A user sees those about its own jobs; others see their tenant's."""
-    scope, wanted = scope_of(caller), asked.filter
     page, following = await in_thread(
-        lambda: _page(
-            runtime,
-            (scope, wanted),
-            asked.cursor,
-            lambda connection, before: webhook_ledger.page(
-                connection, scope, wanted, limit=asked.limit, before=before
-            ),
-        )
+        webhook_ledger.page,
+        runtime.database,
+        scope_of(caller),
+        asked.filter,
+        limit=asked.limit,
+        cursor=asked.cursor,
     )
     return page_answer(request, page, following)
 
@@ -209,16 +202,13 @@ async def list_job_webhooks(
     asked: Annotated[PageQuery, Query()],
 ) -> Response:
     """Whom the job's events were told, newest first."""
-    scope = scope_of(caller)
     page, following = await in_thread(
-        lambda: _page(
-            runtime,
-            (scope, job_id),
-            asked.cursor,
-            lambda connection, before: webhook_ledger.page_of_job(
-                connection, scope, str(job_id), limit=asked.limit, before=before
-            ),
-        )
+        webhook_ledger.page_of_job,
+        runtime.database,
+        scope_of(caller),
+        str(job_id),
+        limit=asked.limit,
+        cursor=asked.cursor,
     )
     return page_answer(request, page, following)
 
@@ -367,13 +357,3 @@ async def cancel_recovery(recovery_id: UUID, caller: CallerDep, runtime: Runtime
 
 def _on_its_way(content: dict[str, Any], where: str) -> Response:
     return as_json(content, 202, {"Location": where, "Retry-After": str(POLL_HINT_SECONDS)})
-
-
-def _page(
-    runtime: Runtime, bound: tuple[Scope, object], cursor: str | None, read: _Read
-) -> tuple[list[dict[str, Any]], str | None]:
-    """A page, and the cursor of the next one; cursors are `bound` to whose list it is, and of what."""
-    before = decode_cursor(cursor, *bound) if cursor else None
-    with runtime.database.read() as connection:
-        rows, more = read(connection, before)
-    return rows, encode_cursor(rows[-1]["id"], *bound) if more else None

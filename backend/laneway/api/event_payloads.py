@@ -158,6 +158,8 @@ _JOB: dict[str, Any] = {
     "retry_jitter": True,
     "timeout_seconds": 3600,
     "unique_key": None,
+    "concurrency_key": None,
+    "concurrency_limit": None,
     "webhook_url": "https://example.com/hooks/laneway",
     "webhook_events": None,
     "dead_letter_reason": None,

@@ -22,8 +22,19 @@ EXAMPLES: dict[str, dict[str, Any]] = {
             "webhook_url": "https://hooks.example.com/jobs",
             "webhook_events": ["job.completed", "job.failed"],
         },
+        "a URL to be called": {
+            "target": {
+                "url": "https://api.example.com/invoices/7/send",
+                "headers": {"Authorization": "Bearer its-own-key"},
+                "body": {"copy_to": "books@example.com"},
+                "success": ["2xx", 409],
+            }
+        },
     },
     "changeJob": {"sooner": {"priority": "critical", "tags": ["urgent"]}},
+    "reportJobProgress": {"half-way": {"percent": 50, "message": "3 of 6 pages", "details": {"page": 3}}},
+    "reportJobComplete": {"with a result": {"result": {"invoice": "2026-0007", "sent": True}}},
+    "reportJobFailure": {"out of paper": {"message": "the printer has no paper", "retry_after_seconds": 600}},
     "cancelJob": {"now": {"reason": "changed my mind", "terminate": True}},
     "cancelJobs": {
         "what waits in a queue": {"filter": {"queue": "default", "status": ["queued"]}, "dry_run": True}
@@ -89,7 +100,11 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "forceCompleteJob": {"done by hand": {"result": {"by": "hand"}, "reason": "fixed it on the machine"}},
     "cleanUpJobs": {"how many": {"older_than_days": 30, "statuses": ["completed"], "dry_run": True}},
     "createTenant": {"a tenant": {"name": "acme"}},
-    "renameTenant": {"another name": {"name": "acme-inc"}},
+    "changeTenant": {
+        "another name": {"name": "acme-inc"},
+        "a limit": {"max_running": 20},
+        "twice the turns": {"weight": 2},
+    },
     "setTenantRateLimit": {
         "more for a while": {"quota": 100, "window_seconds": 60, "reason": "their launch"}
     },

@@ -45,7 +45,7 @@ NO_NUL = r"^[^\x00]*$"
 
 _ALIASES = {"pending": JobStatus.QUEUED, "processing": JobStatus.RUNNING, "success": JobStatus.COMPLETED}
 _WAIT = re.compile(r"(?:^|,)\s*wait\s*=\s*\"?(\d{1,6})\"?\s*(?:,|;|$)", re.IGNORECASE)
-_TAG = re.compile(r'"(\d{1,9})(?:\.\w+)?"')
+_TAG = re.compile(r'"(\d{1,9})(?:\.\w+){0,2}"')
 _STATUS_FIELDS = tuple(JobStatusView.model_fields)
 
 router = APIRouter(route_class=GatedRoute, tags=["jobs"])
@@ -298,7 +298,8 @@ async def _read(
 def _tag_of(job: dict[str, Any], version: int) -> str:
     """The strong entity tag of an answer: the row's version, and what is told of the moment only."""
     reason = job["status_reason"] if job["status"] == JobStatus.QUEUED else None
-    return f'"{version}"' if reason is None else f'"{version}.{reason}"'
+    told = [str(each) for each in (version, reason, job["position"]) if each is not None]
+    return f'"{".".join(told)}"'
 
 
 def _versions_of(if_match: str) -> Callable[[int], bool]:

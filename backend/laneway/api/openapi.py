@@ -10,6 +10,7 @@ from fastapi import FastAPI
 
 from laneway.api.event_payloads import PAYLOADS, example, schemas
 from laneway.api.examples import EXAMPLES
+from laneway.api.job_reports import JOB_TOKEN_SCHEME
 from laneway.api.problems import codes
 from laneway.api.schemas import Problem, problems
 from laneway.domain.events import CATALOGUE
@@ -92,7 +93,14 @@ def _complete(document: dict[str, Any]) -> None:
     schema["properties"]["code"]["enum"] = sorted(codes())
     components = document.setdefault("components", {})
     components.setdefault("schemas", {})["Problem"] = schema
-    components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    components["securitySchemes"] = {
+        "key": {"type": "http", "scheme": "bearer"},
+        JOB_TOKEN_SCHEME: {
+            "type": "http",
+            "scheme": "bearer",
+            "description": "The `Laneway-Job-Token` of the call of an HTTP job: for one attempt of it.",
+        },
+    }
     components["headers"] = {
         name: {
             "description": text,

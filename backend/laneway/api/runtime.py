@@ -19,8 +19,7 @@ from laneway.clock import Clock, SystemClock
 from laneway.db import Database
 from laneway.engine.access.callers import Caller
 from laneway.engine.access.credentials import Callers
-from laneway.engine.access.key_watch import KeyWatch
-from laneway.engine.access.override_watch import OverrideWatch
+from laneway.engine.access.watch import KeyLooks, Look, OverrideLook, Watch
 from laneway.engine.group_commit import GroupCommit
 from laneway.engine.queries import sign_cursors
 from laneway.engine.registry import Registry, load
@@ -84,13 +83,17 @@ class Runtime:
             replicas=settings.ratelimit_replicas,
         )
         new_jobs = GroupCommit(service.create, after=service.ring_new, weigh=lambda p: len(p.row.parameters))
-        override_watch = OverrideWatch(database, rule_book.take, clock=clock)
-        await anyio.to_thread.run_sync(override_watch.start)
         callers = Callers.from_settings(settings, database, clock)
-        key_watch = KeyWatch(database, callers)
+        override_looks = OverrideLook(database, rule_book.take, clock=clock).looks
+        watches = [
+            Watch(*override_looks, *KeyLooks(database, callers).looks),
+            Watch(Look("jwt_issuers", callers.refresh)),
+        ]
+        await anyio.to_thread.run_sync(watches[0].look)  # the first request meets the overrides
         hub = Hub(settings.redis_url)
         hub.start()
-        key_watch.start()
+        for watch in watches:
+            watch.start()
         try:
             yield cls(
                 settings,
@@ -107,9 +110,9 @@ class Runtime:
             )
         finally:
             await hub.close()
-            await anyio.to_thread.run_sync(key_watch.close)
+            for watch in watches:
+                await anyio.to_thread.run_sync(watch.close)
             await anyio.to_thread.run_sync(new_jobs.close)
-            await anyio.to_thread.run_sync(override_watch.close)
             await limiter.close()
             lanes.close()
             news.close()

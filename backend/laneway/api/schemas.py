@@ -11,6 +11,7 @@ from pydantic import BaseModel, Field
 from laneway.domain.events import EventType
 from laneway.domain.spec import Priority
 from laneway.domain.states import JobStatus
+from laneway.engine.positions import MAX_POSITION
 
 
 class DeathView(BaseModel):
@@ -38,7 +39,8 @@ class JobStatusView(BaseModel):
     status: JobStatus
     status_reason: str | None = Field(
         description="Why it waits; `queue_paused`: until somebody resumes its queue; `no_capable_worker`: no "
-        "living worker serves its queue and knows its type."
+        "living worker serves its queue and knows its type; `concurrency_key`, `tenant_limit`: until another "
+        "job of its key, or of its tenant, ends."
     )
     cancelling: bool = Field(description="It runs, and was asked to stop.")
     progress: Annotated[int, Field(ge=0, le=100)]
@@ -76,6 +78,12 @@ class JobView(JobStatusView):
     retry_max_delay_seconds: float
     retry_jitter: bool
     unique_key: str | None
+    concurrency_key: str | None
+    concurrency_limit: int | None
+    position: int | None = Field(
+        description="Of a queued job among its tenant's in its lane, of one that waits for a slot among "
+        f"those that do: 1 is next. null behind {MAX_POSITION:,} others, and on lists."
+    )
     result: Any
     error: ErrorView | None
     worker: str | None

@@ -203,7 +203,7 @@ def rekey() -> None:
     settings = read_settings()
     with migrated_store(settings) as database:
         done = seal_again(database, secret_box(settings), now=SystemClock().now())
-    print(f"sealed again: {done.tenants} tenants, {done.endpoints} endpoints")
+    print(f"sealed again: {done.tenants} tenants, {done.endpoints} endpoints, {done.jobs} jobs")
     if done.unreadable:
         left = "\n".join(done.unreadable)
         raise LanewayError(f"keep the old keys, these do not open:\n{left}")

@@ -25,7 +25,10 @@ from laneway.domain.states import FINAL, JobStatus
 MAX_STEPS = 100
 REFERENCE = "$result"
 
-_NOT_IN_A_STEP = ("depends_on", "scheduled_for", "expires_at", "unique_key", "on_conflict")
+_NOT_IN_A_STEP = (
+    *("depends_on", "scheduled_for", "expires_at", "unique_key", "on_conflict"),
+    "debounce_seconds",
+)
 _REFERENCE = re.compile(r"([a-z]+(?:_\d{1,9})?)((?:\.[^.]+)*)")
 _BEFORE_ITS_FIRST_RUN = frozenset({JobStatus.SCHEDULED, JobStatus.BLOCKED, JobStatus.QUEUED})
 
@@ -46,7 +49,14 @@ class StepSpec(JobSpec):
     def _is_a_step(self) -> Self:
         if said := self.model_fields_set.intersection(_NOT_IN_A_STEP):
             raise ValueError(f"a step has no {sorted(said)[0]}")
+        if self.target is not None and self.target.headers:
+            raise ValueError("the target of a step has no headers: they may be secret, and a chain is shown")
         return self
+
+    @property
+    def referring(self) -> Any:
+        """What of it may hold references to results."""
+        return self.parameters if self.target is None else self.target.body
 
 
 class GroupSpec(BaseModel):
@@ -83,7 +93,7 @@ class ChainSpec(BaseModel):
             raise ValueError("the steps of a parallel chain run side by side already; write no groups in it")
         for stage in self.stages:
             for step in stage:
-                for reference in references(self.steps[step].parameters):
+                for reference in references(self.steps[step].referring):
                     self._check(step, stage[0], reference)
         return self
 

@@ -7,9 +7,19 @@ from enum import StrEnum
 from typing import Annotated, Any, Literal, Self
 from uuid import UUID
 
-from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from laneway.domain.events import EventType
+from laneway.domain.http_target import HTTP_REQUEST, HttpTarget
 
 QUEUE_PATTERN = r"^[a-z][a-z0-9_]{0,49}$"
 JOB_TYPE_PATTERN = r"^[a-z][a-z0-9_]*(\.[a-z0-9_]+)*$"
@@ -17,6 +27,8 @@ DEFAULT_QUEUE = "default"
 MAX_TAGS = 20
 MAX_DEPENDENCIES = 100
 MAX_SECONDS = 366 * 24 * 3600
+MAX_CONCURRENCY = 1_000  # jobs of one key that run at once
+MAX_DEBOUNCE_SECONDS = 86_400
 
 
 class Priority(StrEnum):
@@ -69,12 +81,36 @@ Tags = Annotated[tuple[Annotated[str, Field(min_length=1, max_length=100)], ...]
 Seconds = Annotated[float, Field(ge=0, le=MAX_SECONDS, allow_inf_nan=False)]
 
 
+def _unsaid() -> Any:
+    return None
+
+
+def _or_of_the_target(value: object, info: ValidationInfo) -> object:
+    """The job type; where none is said that of HTTP jobs, if there is a target (be it a bad one)."""
+    if value is not None:
+        return value
+    if "target" in info.data and info.data["target"] is None:
+        raise PydanticCustomError("missing", "Field required")
+    return HTTP_REQUEST
+
+
 class JobSpec(BaseModel):
     """A job as its caller describes it. Unknown fields are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    job_type: str = Field(pattern=JOB_TYPE_PATTERN, max_length=100, examples=["demo.echo"])
+    # Before `job_type`, which it stands for.
+    target: HttpTarget | None = Field(
+        None, description="A URL to be called, in place of `job_type` and `parameters`."
+    )
+    job_type: Annotated[str, BeforeValidator(_or_of_the_target)] = Field(
+        default_factory=_unsaid,
+        validate_default=True,
+        pattern=JOB_TYPE_PATTERN,
+        max_length=100,
+        examples=["demo.echo"],
+        description="Needed where there is no `target`.",
+    )
     parameters: dict[str, Any] = Field(
         default_factory=dict, description="At most 256 KiB of JSON, 32 levels deep."
     )
@@ -108,6 +144,15 @@ class JobSpec(BaseModel):
         None, description="At most one active job of the tenant holds this key."
     )
     on_conflict: Literal["return_existing", "reject"] = "return_existing"
+    debounce_seconds: Annotated[int, Field(ge=1, le=MAX_DEBOUNCE_SECONDS)] | None = Field(
+        None, description="Start so long after the last request with the unique key, with what that one says."
+    )
+    concurrency_key: Annotated[str, Field(min_length=1, max_length=200)] | None = Field(
+        None, description="Of the tenant's jobs with this key only so many run at once."
+    )
+    concurrency_limit: Annotated[int, Field(ge=1, le=MAX_CONCURRENCY)] | None = Field(
+        None, description="How many; 1 where only the key is given."
+    )
     webhook_url: Annotated[str, Field(min_length=1, max_length=2048)] | None = None
     webhook_events: (
         Annotated[tuple[EventType, ...], Field(min_length=1, max_length=len(EventType))] | None
@@ -118,11 +163,25 @@ class JobSpec(BaseModel):
         queue_name(self.queue)
         if self.scheduled_for is not None and self.delay_seconds is not None:
             raise ValueError("give scheduled_for or delay_seconds, not both")
+        if self.target is not None and not self.model_fields_set.isdisjoint(("job_type", "parameters")):
+            raise ValueError("give job_type and parameters, or a target, not both")
         if self.depends_on and (self.scheduled_for is not None or self.delay_seconds is not None):
             raise ValueError("give depends_on or a time to start at, not both")
+        if self.concurrency_limit is not None and self.concurrency_key is None:
+            raise ValueError("concurrency_limit needs a concurrency_key")
+        if self.debounce_seconds is not None:
+            self._can_be_debounced()
         if self.webhook_events is not None and self.webhook_url is None:
             raise ValueError("webhook_events needs a webhook_url")
         return self
+
+    def _can_be_debounced(self) -> None:
+        if self.unique_key is None:
+            raise ValueError("debounce_seconds needs a unique_key")
+        if self.on_conflict != "return_existing":
+            raise ValueError("give debounce_seconds or on_conflict, not both")
+        if self.depends_on or self.scheduled_for is not None or self.delay_seconds is not None:
+            raise ValueError("give debounce_seconds, another time to start at or depends_on: one of them")
 
     @property
     def parents(self) -> tuple[str, ...]:
@@ -135,13 +194,9 @@ class JobSpec(BaseModel):
 
     def starts_at(self, now: datetime) -> datetime | None:
         """When the job may start, or None for at once."""
-        if self.delay_seconds:
-            return now + timedelta(seconds=self.delay_seconds)
+        if delay := self.debounce_seconds or self.delay_seconds:
+            return now + timedelta(seconds=delay)
         return self.scheduled_for if self.scheduled_for is not None and self.scheduled_for > now else None
-
-
-def _unsaid() -> Any:
-    return None
 
 
 class JobChange(BaseModel):

@@ -2,7 +2,7 @@
 
     scheduled ─┐                       ┌─► completed
     blocked  ──┼─► queued ─► running ──┼─► failed, timeout ──┐
-    retrying ──┘     ▲          │      └─► cancelled         │
+    retrying ──┘     ▲ └─ block │      └─► cancelled         │
         ▲            └─ release ┤                            │
         └────────── back_off ───┘      retry ◄───────────────┘  (to queued; retry_later: to retrying)
 
@@ -38,6 +38,7 @@ class Action(StrEnum):
 
     ENQUEUE = "enqueue"
     CLAIM = "claim"
+    BLOCK = "block"
     COMPLETE = "complete"
     BACK_OFF = "back_off"
     FAIL = "fail"
@@ -79,6 +80,7 @@ S = JobStatus
 RULES: dict[Action, Rule] = {
     Action.ENQUEUE: _rule(S.SCHEDULED, S.BLOCKED, S.RETRYING, to=S.QUEUED),  # it is due
     Action.CLAIM: _rule(S.QUEUED, to=S.RUNNING),  # attempt + 1, a new lease token
+    Action.BLOCK: _rule(S.QUEUED, to=S.BLOCKED),  # instead of a claim: no slot is free
     Action.COMPLETE: _held(S.COMPLETED),
     Action.BACK_OFF: _held(S.RETRYING),  # failed, or asked for time; another attempt follows
     Action.FAIL: _held(S.FAILED),

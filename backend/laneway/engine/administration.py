@@ -16,7 +16,7 @@ from laneway.domain.states import FINAL, JobStatus
 from laneway.engine import queries
 from laneway.engine.access.audit import AuditAction, record
 from laneway.engine.access.callers import Caller
-from laneway.engine.outcomes import carry_out
+from laneway.engine.outcomes import carry_out, due_of
 from laneway.engine.queries import MAX_COUNTED, Clauses, JobFilter, Scope, equal_to
 from laneway.engine.retention import BATCH_ROWS, delete_jobs
 from laneway.engine.service import JobService
@@ -105,6 +105,7 @@ def force_complete(
         service.lanes.mirror_ended([EndedRun(row["lane"], job_id, JobStatus.COMPLETED)])
     except LanesUnavailable:
         pass  # the id is harmless: no claim can take a completed row
+    service.ring(due_of([outcome]))
     service.news.changed([job_id])
     if outcome.told:
         service.news.ring_courier()

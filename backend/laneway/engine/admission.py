@@ -1,5 +1,7 @@
 """Whether there is room for more jobs: a quota for each tenant, a limit for all of them together.
 
+A tenant's quota is the setting's, or its own (`max_queued` of its row), which each count reads anew.
+
 What waits (queued, blocked, scheduled, retrying) is counted in the background, at most once a second and
 in at most a twentieth of the time; in between, a process adds what it has let in itself, so that alone it
 is exact. Of what other processes let in it learns at the next count. That makes the overshoot finite:
@@ -21,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import sqlalchemy as sa
 
+from laneway import models
 from laneway.clock import Clock
 from laneway.db import Database, Id
 from laneway.domain.spec import Priority
@@ -59,6 +62,11 @@ _WAITING = sa.text(
     f"SELECT tenant_id, count(*) AS jobs FROM ({_ARMS}) AS waiting GROUP BY tenant_id"  # noqa: S608
 ).columns(tenant_id=Id, jobs=sa.Integer)
 
+_QUOTAS = sa.select(models.tenants.c.id, models.tenants.c.max_queued).where(
+    sa.text("(weight <> 1 OR max_queued IS NOT NULL)"),  # what ix_tenants_own_turns holds
+    models.tenants.c.max_queued.is_not(None),
+)
+
 log = get_logger("admission")
 
 
@@ -95,9 +103,9 @@ class Admission:
     def __init__(self, database: Database, settings: Settings, clock: Clock) -> None:
         self._database = database
         self._quota = settings.waiting_per_tenant
+        self._quotas: dict[str, int] = {}  # of the tenants that have one of their own
         self._limits = {priority.value: n * settings.waiting_total for priority, n in FACTORS.items()}
         self._lowest = min(self._limits.values())
-        self._most = max(self._quota, *self._limits.values()) + 1  # rows that are worth counting
         self._clock = clock
         self._counting = threading.Lock()
         self._background = ThreadPoolExecutor(1, "admission")
@@ -153,13 +161,14 @@ class Admission:
 
     def _let_in(self, tenant_id: str, priority: str) -> LanewayError | None:
         tenant = self._tenants[tenant_id]
-        if tenant.waiting >= self._quota:
+        quota = self._quota_of(tenant_id)
+        if tenant.waiting >= quota:
             return QuotaQueued(
-                f"{tenant.waiting} jobs of this tenant wait and {self._quota} may; "
+                f"{tenant.waiting} jobs of this tenant wait and {quota} may; "
                 "cancel some, or try again when some have ended",
                 retry_after_seconds=try_again_seconds(),
                 waiting=tenant.waiting,
-                limit=self._quota,
+                limit=quota,
             )
         limit = self._limits.get(priority)
         if limit is not None and self._all.waiting >= limit:
@@ -173,11 +182,15 @@ class Admission:
         self._all.change(reserved=1)
         return None
 
+    def _quota_of(self, tenant_id: str) -> int:
+        return self._quotas.get(tenant_id, self._quota)
+
     def _is_old(self) -> bool:
         return self._clock.monotonic() - self._count_at >= self._pause
 
     def _share_used(self, wanted: Sequence[Wanted]) -> float:
-        of_tenants = (self._tenants[t].share_used(self._quota) for t in {p.row.tenant_id for p in wanted})
+        tenants = {p.row.tenant_id for p in wanted}
+        of_tenants = (self._tenants[t].share_used(self._quota_of(t)) for t in tenants)
         return max(self._all.share_used(self._lowest), *of_tenants)
 
     def _must_count(self, wanted: Sequence[Wanted]) -> bool:
@@ -185,8 +198,10 @@ class Admission:
             return True
         # Nobody is refused for what was true a while ago, or never was.
         full = [self._all] if self._all.waiting + len(wanted) > self._lowest else []
-        tenants = (self._tenants[p.row.tenant_id] for p in wanted)
-        full += [tenant for tenant in tenants if tenant.waiting + len(wanted) > self._quota]
+        for tenant_id in {p.row.tenant_id for p in wanted}:
+            tenant = self._tenants[tenant_id]
+            if tenant.waiting + len(wanted) > self._quota_of(tenant_id):
+                full.append(tenant)
         return bool(full) and (self._is_old() or any(tally.doubtful for tally in full))
 
     def _count_in_background(self) -> None:
@@ -208,9 +223,13 @@ class Admission:
                     tally.during = 0
                 doubtful = {t: tally.under_way for t, tally in self._tenants.items()}
             with self._database.read() as connection:
-                rows = connection.execute(_WAITING, {"most": self._most})
+                quotas = {row.id: row.max_queued for row in connection.execute(_QUOTAS)}
+                # Rows that are worth counting.
+                most = max(self._quota, *self._limits.values(), *quotas.values()) + 1
+                rows = connection.execute(_WAITING, {"most": most})
                 counted = {row.tenant_id: row.jobs for row in rows}
             with self._lock:
+                self._quotas = quotas
                 self._count_at = began
                 self._pause = max(COUNT_SECONDS, COUNT_PAUSE * (self._clock.monotonic() - began))
                 self._all.recount(sum(counted.values()), sum(doubtful.values()))

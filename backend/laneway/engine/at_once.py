@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime
 
+from laneway.domain.states import JobStatus
 from laneway.engine.outcomes import Claimed, carry_out
 from laneway.engine.service import JobService, Prepared
 from laneway.engine.transitions import Applied, Claim, create
@@ -15,7 +16,8 @@ def create_held(
 ) -> Claimed:
     """Make a job and claim it, so that no worker ever sees it wait. It needs no room among those that do.
 
-    Raises UniqueKeyTaken while an active job holds its unique key, Conflict while its queue is paused.
+    Raises UniqueKeyTaken while an active job holds its unique key, Conflict while its queue is paused or no
+    slot of its concurrency key, or of its tenant, is free.
     """
     with service.database.write() as connection:
         [made] = create(connection, [prepared.row], now=now)
@@ -24,5 +26,7 @@ def create_held(
         claim = Claim(prepared.row.id, lease_token, worker_id, now)
         [outcome] = carry_out(connection, [claim], now=now, actor=f"worker:{worker_id}")
         if not isinstance(outcome, Applied):
+            if outcome.status is JobStatus.BLOCKED:
+                raise Conflict("as many jobs of its concurrency key, or of its tenant, run as may")
             raise Conflict(f"the queue {prepared.row.queue!r} is paused: nothing of it starts now")
         return Claimed.of(outcome.row, lease_token)

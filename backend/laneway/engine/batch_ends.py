@@ -29,6 +29,7 @@ from laneway.engine.queries import stamp
 from laneway.engine.telling import tell_of
 from laneway.engine.transitions import LinkedJob
 from laneway.errors import LanewayError
+from laneway.lanes.backend import Due
 from laneway.log import get_logger
 
 LOCK_BELOW = 1_000
@@ -44,7 +45,7 @@ log = get_logger("batches")
 class Looked:
     """What was found: `unsure` are batches of which somebody must look again."""
 
-    due: list[tuple[str, str]] = field(default_factory=list)
+    due: list[Due] = field(default_factory=list)
     told: bool = False
     unsure: set[str] = field(default_factory=set)
 
@@ -116,7 +117,7 @@ def _end(connection: sa.Connection, rows: Sequence[sa.RowMapping], looked: Looke
         )
     if new:
         transitions.create(connection, new, now=now)
-        looked.due += [(job.lane, job.id) for job in new if job.status == JobStatus.QUEUED]
+        looked.due += [Due(job.lane, job.id, job.tenant_id) for job in new if job.status == JobStatus.QUEUED]
     connection.execute(
         sa.update(models.batches)
         .where(b.id == sa.bindparam("batch"))

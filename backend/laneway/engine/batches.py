@@ -36,6 +36,7 @@ from laneway.errors import (
     UniqueKeyTaken,
     Unprocessable,
 )
+from laneway.lanes.backend import Due
 
 MAX_JOBS = 10_000
 MAX_TOLD = 100
@@ -191,7 +192,11 @@ def make(service: JobService, draft: Draft, caller: Caller, *, key: Key | None =
     if not view:
         raise next(answer for answer in answers if isinstance(answer, NO_ROOM))
     if not isinstance(view, idempotency.Replayed):
-        due = [(p.row.lane, p.row.id) for p in prepared if p.row.queued_at is not None or p.spec.depends_on]
+        due = [
+            Due(p.row.lane, p.row.id, p.row.tenant_id)
+            for p in prepared
+            if p.row.queued_at is not None or p.spec.depends_on
+        ]
         for some in _chunks(due):
             service.ring(some)
     return view
@@ -210,7 +215,7 @@ def _callbacks(service: JobService, spec: BatchSpec, caller: Caller) -> dict[str
         if callback is None:
             continue
         try:
-            named = list(references(callback.parameters))
+            named = list(references(callback.referring))
             for each in named:
                 root, path = read_reference(each)
                 if root != "batch" or len(path) != 1 or path[0] not in _FACTS:
@@ -375,7 +380,7 @@ def retry_failed(service: JobService, batch_id: str, caller: Caller, *, key: Key
     Raises BatchNotFound, Conflict when such a job comes up meanwhile.
     """
     now = service.clock.now()
-    due: list[tuple[str, str]] = []
+    due: list[Due] = []
     try:
         with service.database.write() as connection:
             if (first := idempotency.begin(connection, key, now=now)) is not None:
@@ -386,14 +391,18 @@ def retry_failed(service: JobService, batch_id: str, caller: Caller, *, key: Key
             for some in _chunks(ids):
                 moves = [Retry(job_id, reason="with its batch") for job_id in some]
                 outcomes = carry_out(connection, moves, now=now, actor=caller.subject)
-                due += [(o.row["lane"], o.row["id"]) for o in outcomes if isinstance(o, Applied)]
+                due += [
+                    Due(o.row["lane"], o.row["id"], o.row["tenant_id"])
+                    for o in outcomes
+                    if isinstance(o, Applied)
+                ]
             view = _views(connection, [_find(connection, batch_id, caller)])[0] | {"retried": len(due)}
             idempotency.keep(connection, key, view)
     except sa.exc.IntegrityError:
         raise Conflict("an active job has taken a unique key of these; try again") from None
     for some in _chunks(due):
         service.ring(some)
-        service.news.changed([job_id for _, job_id in some])
+        service.news.changed([job.job_id for job in some])
     return view
 
 

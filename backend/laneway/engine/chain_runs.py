@@ -27,6 +27,7 @@ from laneway.engine.queries import stamp
 from laneway.engine.telling import tell_of
 from laneway.engine.transitions import Applied, Cancel, LinkedJob
 from laneway.errors import LanewayError
+from laneway.lanes.backend import Due
 
 BY = "laneway"
 MAX_ERROR_MESSAGE = 1000
@@ -42,7 +43,7 @@ class Moved:
     `unsure` are runs of which somebody else had a step that was to be dropped: look again.
     """
 
-    due: list[tuple[str, str]] = field(default_factory=list)
+    due: list[Due] = field(default_factory=list)
     dropped: list[Applied] = field(default_factory=list)
     told: bool = False
     unsure: set[str] = field(default_factory=set)
@@ -91,7 +92,7 @@ def advance(connection: sa.Connection, run_ids: Collection[str], *, now: datetim
     new = [job for run in runs for job in run.new]
     if new:
         transitions.create(connection, new, now=now)
-        moved.due = [(job.lane, job.id) for job in new if job.status == JobStatus.QUEUED]
+        moved.due = [Due(job.lane, job.id, job.tenant_id) for job in new if job.status == JobStatus.QUEUED]
     drop = [job_id for run in runs for job_id in run.drop]
     if drop:
         free = sa.select(j.id).where(j.id.in_(drop), j.status.in_(WAITING)).order_by(j.id)

@@ -29,7 +29,7 @@ from laneway.engine.plans import Plan, plan_of
 from laneway.engine.queries import Scope, stamp
 from laneway.engine.service import JobService, scope_of
 from laneway.errors import ChainNotFound, ChainRunNotFound, Conflict, LanewayError
-from laneway.lanes.backend import EndedRun, LanesUnavailable, by_lane
+from laneway.lanes.backend import Due, EndedRun, LanesUnavailable, by_lane
 
 PENDING = "pending"
 MAX_RESULTS_BYTES = 1024 * 1024
@@ -64,7 +64,7 @@ def check(service: JobService, spec: ChainSpec, caller: Caller) -> Checked:
     to_json(spec.name, what="name")
     steps: list[Plan] = []
     for pointer, step in spec.placed_steps():
-        waits = next(references(step.parameters), None) is not None
+        waits = next(references(step.referring), None) is not None
         try:
             prepared = service.prepare(step, caller, check_parameters=not waits)
         except LanewayError as error:
@@ -80,7 +80,7 @@ def create(
     """Write a chain, and begin its first run with `execute`; the chain."""
     now = service.clock.now()
     chain_id = new_id()
-    due: list[tuple[str, str]] = []
+    due: list[Due] = []
     with service.database.write() as connection:
         if (first := idempotency.begin(connection, key, now=now)) is not None:
             return first
@@ -273,9 +273,7 @@ def _columns(wanted: Checked) -> dict[str, Any]:
     }
 
 
-def _begin(
-    connection: sa.Connection, row: sa.RowMapping, caller: Caller, *, now: datetime
-) -> list[tuple[str, str]]:
+def _begin(connection: sa.Connection, row: sa.RowMapping, caller: Caller, *, now: datetime) -> list[Due]:
     """Write a run and its first steps; what is to be rung. Raises IntegrityError while another is active."""
     run_id = new_id()
     seconds = row["timeout_seconds"]

@@ -14,9 +14,10 @@ from laneway.domain.states import WAITING, JobStatus
 from laneway.engine import queries
 from laneway.engine.access.callers import Caller
 from laneway.engine.outcomes import carry_out
+from laneway.engine.positions import position
 from laneway.engine.transitions import Enqueue, record, tag
 from laneway.errors import IllegalTransition, PreconditionFailed
-from laneway.lanes.backend import LanesUnavailable
+from laneway.lanes.backend import Due, LanesUnavailable
 
 if TYPE_CHECKING:
     from laneway.engine.service import JobService
@@ -78,17 +79,18 @@ def change(
         if "scheduled_for" in given and given["scheduled_for"] <= now:
             carry_out(connection, [Enqueue(job_id)], now=now, actor=caller.subject)
             changed = service.find(connection, job_id, caller)
+        job = queries.view(changed) | {"position": position(connection, changed)}
     moved = (row["lane"], row["status"]) != (changed["lane"], changed["status"])
     if moved and changed["status"] == JobStatus.QUEUED:
         try:
             service.lanes.remove(row["lane"], [job_id])
         except LanesUnavailable:
             pass  # the id that stays in the old lane is harmless: who comes second is refused the claim
-        service.ring([(changed["lane"], job_id)])
+        service.ring([Due(changed["lane"], job_id, changed["tenant_id"])])
     if "scheduled_for" in given and changed["status"] == JobStatus.SCHEDULED:
         service.news.ring_scheduler()
     service.news.changed([job_id])
-    return queries.view(changed), changed["version"]
+    return job, changed["version"]
 
 
 def _check_status(row: sa.RowMapping, given: dict[str, Any]) -> None:

@@ -27,6 +27,7 @@ from laneway.engine.retention import BATCH_ROWS, delete_jobs
 from laneway.engine.service import JobService, find_dead_letter, scope_of
 from laneway.engine.transitions import Applied, Outcome, Retry, RetryLater
 from laneway.errors import Conflict, StorageUnavailable
+from laneway.lanes.backend import Due
 
 MAX_BULK = 10_000
 MAX_SAMPLE = 10
@@ -202,7 +203,13 @@ def _retry(
 
     outcomes = commit_each(commit, moves)
     made = [outcome for outcome in outcomes if isinstance(outcome, Applied)]
-    service.ring([(done.row["lane"], done.row["id"]) for done in made if done.status is JobStatus.QUEUED])
+    service.ring(
+        [
+            Due(done.row["lane"], done.row["id"], done.row["tenant_id"])
+            for done in made
+            if done.status is JobStatus.QUEUED
+        ]
+    )
     service.news.changed([done.row["id"] for done in made])
     for outcome in outcomes:
         if isinstance(outcome, StorageUnavailable):

@@ -18,8 +18,10 @@ import sqlalchemy as sa
 from laneway import models
 from laneway.db import Database, utc_now
 from laneway.domain.events import DEFAULT_WEBHOOK_EVENTS, EVENT_OF
+from laneway.domain.http_target import REMOTE_WORKER
 from laneway.domain.spec import queue_of
 from laneway.domain.states import ACTIVE, JobStatus
+from laneway.engine import concurrency
 from laneway.engine.pauses import is_paused, open_lanes, paused_queues
 from laneway.engine.queries import lanes_with_work
 
@@ -97,7 +99,7 @@ def _orphans(view: _View) -> Sequence[str]:
     return view.ids(
         sa.select(j.id)
         .select_from(models.jobs.outerjoin(models.workers, w.id == j.worker_id))
-        .where(_RUNNING, j.started_at < view.now - PATIENCE - view.lease, gone)
+        .where(_RUNNING, j.worker_id != REMOTE_WORKER, j.started_at < view.now - PATIENCE - view.lease, gone)
     )
 
 
@@ -269,6 +271,34 @@ def _late_chains(view: _View) -> Sequence[str]:
     return view.ids(sa.select(r.id).where(open_, late).order_by(r.deadline_at))
 
 
+def _kept_waiting(view: _View) -> Sequence[str]:
+    """Of each key and tenant one job. Where others of it are queued, it is their turn."""
+    _, free, _ = concurrency.with_room(view.connection, concurrency.Place())
+    queued: set[concurrency.Slots] = set()
+    for lane in lanes_with_work(view.connection):
+        head = sa.select(j.tenant_id, j.concurrency_key).where(_QUEUED, j.lane == lane)
+        for row in view.connection.execute(head.order_by(j.queued_at, j.id).limit(HEAD)):
+            slots = concurrency.Slots(row.tenant_id, row.concurrency_key or "")
+            queued |= {slots, concurrency.Slots(row.tenant_id)}
+    kept = [each.job_id for each in free if each.waits_for not in queued]
+    return view.ids(sa.select(j.id).where(j.id.in_(kept), j.updated_at < view.now - PATIENCE)) if kept else []
+
+
+def _overfull_keys(view: _View) -> Sequence[str]:
+    """Of each key one run. Who came last was allowed to, by its own limit, beside all others."""
+    taken = _written("jobs.status = 'running' AND jobs.gated")
+    columns = (j.tenant_id, j.concurrency_key, j.concurrency_limit)
+    some = sa.select(*columns).where(taken, j.concurrency_key.is_not(None)).limit(RUNNING_EXAMINED).subquery()
+    of_key = (some.c.tenant_id, some.c.concurrency_key)
+    too_many = sa.func.count() > sa.func.max(some.c.concurrency_limit)
+    keys = view.connection.execute(sa.select(*of_key).group_by(*of_key).having(too_many).limit(SHOWN)).all()
+    runs = [
+        sa.select(j.id).where(taken, j.tenant_id == row.tenant_id, j.concurrency_key == row.concurrency_key)
+        for row in keys
+    ]
+    return [view.ids(query.order_by(j.id.desc()).limit(1))[0] for query in runs]
+
+
 _RUN_SCHEDULER = "run a scheduler (`laneway scheduler`)"
 
 CHECKS = (
@@ -281,7 +311,8 @@ CHECKS = (
     Check(
         "overdue_runs",
         "a run ends within its timeout, and within the grace of its cancel",
-        "its worker does not stop it: end that worker (`GET /api/v1/workers`), and another takes over",
+        "its worker does not stop it: end that worker (`GET /api/v1/workers`), and another takes over; of an "
+        f"HTTP job that waits for a report: {_RUN_SCHEDULER}",
         _overdue_runs,
     ),
     Check(
@@ -325,6 +356,18 @@ CHECKS = (
         "a chain's run is stopped within a minute of its timeout",
         f"{_RUN_SCHEDULER}: it stops what takes too long",
         _late_chains,
+    ),
+    Check(
+        "kept_waiting",
+        "a job waits for a slot only while as many run as its key, or its tenant, allows",
+        f"{_RUN_SCHEDULER}: it wakes who waits for nothing",
+        _kept_waiting,
+    ),
+    Check(
+        "overfull_keys",
+        "of a concurrency key no more jobs run than may",
+        "somebody changed rows by hand, or an older release claims beside this one: it passes by itself",
+        _overfull_keys,
     ),
     Check(
         "passed_over",

@@ -68,4 +68,14 @@ class Unfinished:
     """The attempt never ran to an end through no fault of the job: drain, deploy, handed back."""
 
 
+@dataclass(frozen=True, slots=True)
+class HandedOver:
+    """The target of an HTTP job took the work: the attempt goes on there, and nobody here holds it."""
+
+
+class GoesOnElsewhere(Exception):
+    """Raised by the handler of HTTP jobs once the target took the work."""
+
+
 Ending = Returned | Raised | TimedOut | Crashed | Cancelled | Unfinished
+"""How an attempt is over."""

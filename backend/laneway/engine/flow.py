@@ -19,6 +19,7 @@ from laneway import models
 from laneway.domain.states import FINAL, Action, JobStatus
 from laneway.engine import batch_ends, chain_runs, dependencies
 from laneway.engine.transitions import Applied, leave_to_sweep
+from laneway.lanes.backend import Due
 from laneway.log import get_logger
 
 MAX_ROUNDS = 20
@@ -39,7 +40,7 @@ class Followed:
     """
 
     moves: list[Applied] = field(default_factory=list)
-    due: list[tuple[str, str]] = field(default_factory=list)
+    due: list[Due] = field(default_factory=list)
     told: bool = False
 
 
@@ -130,7 +131,11 @@ def _follow(connection: sa.Connection, ended: Sequence[_End], *, now: datetime) 
                 left.add(end.id)
         made = released + moved.dropped
         followed.moves += made
-        followed.due += [(a.row["lane"], a.row["id"]) for a in released if a.status is JobStatus.QUEUED]
+        followed.due += [
+            Due(a.row["lane"], a.row["id"], a.row["tenant_id"])
+            for a in released
+            if a.status is JobStatus.QUEUED
+        ]
         followed.due += moved.due
         followed.told |= moved.told
         frontier = [_End.of(a) for a in made if a.status in FINAL and a.row["linked"]]

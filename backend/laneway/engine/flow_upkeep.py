@@ -21,6 +21,7 @@ from laneway.engine.chain_runs import BY, ask_runs_to_stop
 from laneway.engine.outcomes import carry_out
 from laneway.engine.telling import tell
 from laneway.engine.transitions import Cancel
+from laneway.lanes.backend import Due
 
 SWEEP_LIMIT = 200
 TOO_LONG = "the run took longer than the chain's timeout"
@@ -29,7 +30,7 @@ j = models.jobs.c
 r = models.chain_runs.c
 
 
-def sweep(database: Database, *, now: datetime) -> list[tuple[str, str]]:
+def sweep(database: Database, *, now: datetime) -> list[Due]:
     """Go on with what is left over; `(lane, id)` of jobs that may start since, to be rung."""
     due = _catch_up(database, now=now)
     late = sa.select(r.id).where(
@@ -50,7 +51,7 @@ def sweep(database: Database, *, now: datetime) -> list[tuple[str, str]]:
     return due
 
 
-def _catch_up(database: Database, *, now: datetime) -> list[tuple[str, str]]:
+def _catch_up(database: Database, *, now: datetime) -> list[Due]:
     # A read first: on SQLite, an idle scheduler must not take the write lock.
     with database.read() as connection:
         if connection.execute(sa.select(j.id).where(models.unfollowed).limit(1)).first() is None:

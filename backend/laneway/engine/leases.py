@@ -18,6 +18,8 @@ import sqlalchemy as sa
 from laneway import __version__, models
 from laneway.db import Database, utc_now
 from laneway.domain.states import JobStatus
+from laneway.engine.turns import tenant_weights, waiting_tenants
+from laneway.lanes.turns import FairPicks
 
 w = models.workers.c
 j = models.jobs.c
@@ -101,15 +103,39 @@ def _leave(connection: sa.Connection, worker_id: str, state: str) -> None:
 
 
 def find_queued(
-    connection: sa.Connection, lanes: Sequence[str], job_types: Sequence[str], *, limit: int, before: datetime
+    connection: sa.Connection,
+    lanes: Sequence[str],
+    job_types: Sequence[str],
+    *,
+    limit: int,
+    before: datetime,
+    picks: dict[str, FairPicks] | None = None,
 ) -> list[str]:
-    """The slow path: ids of queued rows of `lanes`, most urgent lane first, queued before `before`."""
+    """The slow path: ids of queued rows of `lanes`, most urgent lane first, queued before `before`.
+
+    Inside a lane tenants take turns. `picks`, a dict that the caller keeps, remembers those of earlier calls.
+    """
     found: list[str] = []
+    fit = (j.queued_at <= before, j.job_type.in_(job_types))
+    weights: dict[str, int] | None = None
     for lane in lanes:
         if len(found) >= limit:
             break
-        queued = sa.select(j.id).where(
-            j.lane == lane, j.status == JobStatus.QUEUED, j.queued_at <= before, j.job_type.in_(job_types)
-        )
-        found += connection.execute(queued.order_by(j.queued_at, j.id).limit(limit - len(found))).scalars()
+        tenants = waiting_tenants(connection, lane)
+        if not tenants:
+            continue
+        if weights is None:
+            weights = tenant_weights(connection)
+        of_lane = FairPicks() if picks is None else picks.setdefault(lane, FairPicks())
+        rows: dict[str, Sequence[str]] = {}
+        for tenant_id in of_lane.order(tenants):
+            queued = sa.select(j.id).where(
+                j.lane == lane, j.status == JobStatus.QUEUED, j.tenant_id == tenant_id, *fit
+            )
+            oldest = queued.order_by(j.queued_at, j.id).limit(limit - len(found))
+            if ids := connection.execute(oldest).scalars().all():
+                rows[tenant_id] = ids
+            if len(rows) + len(found) >= limit:  # who is next in turn has been asked
+                break
+        found += of_lane.pick(rows, weights, limit=limit - len(found))
     return found

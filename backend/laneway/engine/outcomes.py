@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from laneway.domain.retry import Category, DeadLetterReason, RetryPolicy, crash_delay
 from laneway.domain.spec import MAX_SECONDS
 from laneway.domain.states import JobStatus
-from laneway.engine import transitions
+from laneway.engine import concurrency, transitions
 from laneway.engine.endings import (
     MAX_ERROR_MESSAGE,
     MAX_TRACEBACK,
@@ -31,6 +31,7 @@ from laneway.engine.flow import Followed, follow
 from laneway.engine.schedule_ends import count_ends
 from laneway.engine.telling import tell
 from laneway.engine.transitions import Applied, BackOff, HeldMove, Move, Outcome, Release, Stop
+from laneway.lanes.backend import Due
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,11 +147,13 @@ def carry_out(
     now: datetime,
     actor: str,
     job_types: Sequence[str] | None = None,
+    slots: bool = True,
 ) -> list[Outcome]:
     """Apply moves and write what follows from them: whoever changes a job's status calls this.
 
     A job that somebody asked to stop gets no other attempt: where it would have gone back to waiting it
-    ends `cancelled`, and the outcome's move is the `Stop` that was made instead.
+    ends `cancelled`, and the outcome's move is the `Stop` that was made instead. A job that needs a slot
+    is claimed or blocked (engine/concurrency.py); without `slots`, for `write_once`, its claim is refused.
     """
     outcomes = transitions.apply(connection, moves, now=now, actor=actor, job_types=job_types)
     _stop_instead(connection, outcomes, now=now, actor=actor)
@@ -162,6 +165,10 @@ def carry_out(
     if followed.told or not told.isdisjoint(a.row["id"] for a in followed.moves):
         told.add(linked[0].row["id"])
     due = {linked[0].row["id"]: tuple(followed.due)} if followed.due else {}
+    if slots:
+        woken = concurrency.take_turns(connection, outcomes, now=now, actor=actor, job_types=job_types)
+        if woken:
+            outcomes[0] = replace(outcomes[0], next=tuple(woken))
     return [
         replace(o, told=o.row["id"] in told, due=due.get(o.row["id"], ()))
         if isinstance(o, Applied) and (o.row["id"] in told or o.row["id"] in due)
@@ -170,9 +177,15 @@ def carry_out(
     ]
 
 
-def due_of(outcomes: Sequence[Outcome | Exception]) -> list[tuple[str, str]]:
+def due_of(outcomes: Sequence[Outcome | Exception]) -> list[Due]:
     """`(lane, id)` of the jobs that may start since these moves were made, to be rung after the commit."""
-    return [pair for o in outcomes if isinstance(o, Applied) for pair in o.due]
+    due = [pair for o in outcomes if isinstance(o, Applied) for pair in o.due]
+    return due + next_of(outcomes)
+
+
+def next_of(outcomes: Sequence[Outcome | Exception]) -> list[Due]:
+    """Those of them whose slot came free: they have waited longer than the others of their lanes."""
+    return [pair for o in outcomes if not isinstance(o, Exception) for pair in o.next]
 
 
 def stops_instead(outcomes: Sequence[Outcome]) -> dict[int, Stop]:

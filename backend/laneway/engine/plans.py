@@ -25,12 +25,15 @@ _OF_ITS_MOMENT = {
     *("id", "tenant_id", "created_by", "scheduled_for", "expires_at"),
     *("unique_key", "status", "queued_at"),
 }
-_KEPT = tuple(name for name in NewJob.__slots__ if name not in _OF_ITS_MOMENT)
+_KEPT = (
+    *(name for name in NewJob.__slots__ if name not in _OF_ITS_MOMENT),
+    *("concurrency_key", "concurrency_limit"),
+)
 
 
 def plan_of(row: NewJob, *, delay_seconds: float | None) -> Plan:
     """The plan of a checked job."""
-    kept = {name: getattr(row, name) for name in _KEPT}
+    kept = {name: getattr(row, name, None) for name in _KEPT}
     return kept | {"parameters": json.loads(row.parameters), "delay_seconds": delay_seconds}
 
 

@@ -17,6 +17,7 @@ import sqlalchemy as sa
 from laneway import models
 from laneway.clock import first_id
 from laneway.db import utc_now
+from laneway.domain.http_target import HTTP_REQUEST, REMOTE_WORKER, WAITS_FOR_REPORT, shown
 from laneway.domain.spec import DEFAULT_QUEUE, Priority, queue_of
 from laneway.domain.states import FINAL, JobStatus
 from laneway.errors import InvalidCursor
@@ -59,6 +60,8 @@ _PLAIN = (
     "retry_jitter",
     "timeout_seconds",
     "unique_key",
+    "concurrency_key",
+    "concurrency_limit",
     "webhook_url",
     "webhook_events",
     "webhook_delivered",
@@ -100,6 +103,11 @@ def view(row: Mapping[Any, Any]) -> dict[str, Any]:
     seen["cancelling"] = row["cancel_requested_at"] is not None and row["finished_at"] is None
     seen["worker"] = row["worker_id"]
     seen["depends_on"] = row["depends_on"] or []
+    seen["position"] = None  # told of a single job only (engine/positions.py)
+    if row["job_type"] == HTTP_REQUEST:
+        seen["parameters"] = shown(row["parameters"])
+        if row["worker_id"] == REMOTE_WORKER:
+            seen["worker"], seen["status_reason"] = None, WAITS_FOR_REPORT
     return seen
 
 

@@ -17,9 +17,11 @@ import sqlalchemy as sa
 from laneway import models
 from laneway.clock import Clock
 from laneway.db import Database
+from laneway.domain.http_target import REMOTE_WORKER
 from laneway.domain.states import JobStatus
 from laneway.engine.outcomes import carry_out, due_of, error_record
 from laneway.engine.transitions import Applied, Fail, HeldMove, Release, Stop
+from laneway.lanes.backend import Due
 from laneway.log import get_logger
 
 SWEEP_LIMIT = 500
@@ -32,6 +34,7 @@ MASS_WORKERS = 4
 
 j = models.jobs.c
 w = models.workers.c
+_HERE = (j.status == JobStatus.RUNNING, j.worker_id != REMOTE_WORKER)  # not at the target of an HTTP job
 log = get_logger("reaper")
 
 
@@ -145,10 +148,10 @@ class Reaper:
         self._crash_limit = crash_limit
         self._watch = Watch(lease_seconds)
 
-    def sweep(self) -> list[tuple[str, str]]:
+    def sweep(self) -> list[Due]:
         """One look and what follows from it; `(lane, id)` of the jobs that wait again, to be rung."""
         living = sa.select(w.id, w.beat, w.held).where(w.state.in_(LIVING))
-        running = sa.select(j.worker_id, j.lease_token).where(j.status == JobStatus.RUNNING)
+        running = sa.select(j.worker_id, j.lease_token).where(*_HERE)
         with self._database.read() as connection:
             rows = connection.execute(living).all()
             tokens: dict[str, set[str]] = {}
@@ -173,13 +176,13 @@ class Reaper:
             if connection.execute(dying).rowcount:
                 log.warning("worker_dead", worker_id=worker_id, beat=beat)
 
-    def _take_back(self, lost_claims: frozenset[str]) -> list[tuple[str, str]]:
+    def _take_back(self, lost_claims: frozenset[str]) -> list[Due]:
         columns = (j.id, j.attempt, j.lease_token, j.crash_count, j.cancel_requested_at, w.state, w.begun)
         ownerless = sa.or_(w.id.is_(None), w.state.not_in(LIVING), j.lease_token.in_(lost_claims))
         orphans = (
             sa.select(*columns)
             .select_from(models.jobs.outerjoin(models.workers, w.id == j.worker_id))
-            .where(j.status == JobStatus.RUNNING, ownerless)
+            .where(*_HERE, ownerless)
             .order_by(j.id)
             .limit(SWEEP_LIMIT)
         )
@@ -191,7 +194,9 @@ class Reaper:
         taken = [o for o in outcomes if isinstance(o, Applied)]
         for outcome in taken:
             log.warning("job_taken_back", job_id=outcome.row["id"], status=outcome.status.value)
-        again = [(o.row["lane"], o.row["id"]) for o in taken if o.status is JobStatus.QUEUED]
+        again = [
+            Due(o.row["lane"], o.row["id"], o.row["tenant_id"]) for o in taken if o.status is JobStatus.QUEUED
+        ]
         return again + due_of(outcomes)
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields
+from enum import StrEnum
 from functools import cached_property
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -19,15 +20,22 @@ from typing import Annotated, Any, ClassVar, get_type_hints
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from laneway.domain.retry import Exceptions
-from laneway.domain.spec import DEFAULT_QUEUE, JOB_TYPE_PATTERN, Priority
+from laneway.domain.spec import DEFAULT_QUEUE, JOB_TYPE_PATTERN, MAX_CONCURRENCY, Priority
 from laneway.errors import FieldError, InvalidParameters, JobTypeNotFound
 
 INJECTED = ("job", "progress_callback")
 """Parameters a function may declare to be handed them; they are no parameters of the job."""
 
-SHIPPED = ("laneway.handlers.demo",)
+SHIPPED = ("laneway.handlers.demo", "laneway.handlers.http_request")
 
 MAX_KEY = 200
+
+
+class Isolation(StrEnum):
+    """Which process of a worker runs a job."""
+
+    CHILD = "child"  # one of its children, which has run other jobs and will run more
+    FORK = "fork"  # one forked for this job, which ends with it
 
 
 @dataclass(frozen=True)
@@ -48,7 +56,10 @@ class JobType:
     tags: tuple[str, ...] = ()
     unique_key: str | None = None
     """May name parameters in braces: `invoice-{number}`."""
+    concurrency_key: str | None = None  # likewise
+    concurrency_limit: int | None = None
     track_progress: bool = True
+    isolation: Isolation = Isolation.CHILD
 
     DEFAULTED: ClassVar[tuple[str, ...]] = (
         "queue",
@@ -60,6 +71,8 @@ class JobType:
         "timeout_seconds",
         "tags",
         "unique_key",
+        "concurrency_key",
+        "concurrency_limit",
     )
 
     def differs(self, default: str) -> bool:
@@ -171,6 +184,11 @@ class Registry:
     def names(self) -> tuple[str, ...]:
         return tuple(sorted(self._types))
 
+    @property
+    def forked(self) -> tuple[str, ...]:
+        """The names of those whose jobs get a process each."""
+        return tuple(known.name for known in self if known.isolation == Isolation.FORK)
+
     def add(self, job_type: JobType) -> None:
         """Register a type.
 
@@ -184,9 +202,9 @@ class Registry:
             if parameter.kind is parameter.POSITIONAL_ONLY:
                 raise ValueError(f"job type {job_type.name!r}: {name!r} cannot be passed by name")
         if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-            for _, field, _, _ in Formatter().parse(job_type.unique_key or ""):
-                if field is not None and re.split(r"[.[]", field)[0] not in parameters:
-                    raise ValueError(f"job type {job_type.name!r}: unique_key: no parameter is {field!r}")
+            _check_keys(job_type, parameters)
+        if job_type.concurrency_limit is not None:
+            _check_limit(job_type)
         for option in ("retry_on", "no_retry_on"):
             kinds = getattr(job_type, option)
             if not isinstance(kinds, tuple) or not all(_is_exception(kind) for kind in kinds):
@@ -227,6 +245,20 @@ class Registry:
         return known
 
 
+def _check_keys(job_type: JobType, parameters: Container[str]) -> None:
+    for name in ("unique_key", "concurrency_key"):
+        for _, field, _, _ in Formatter().parse(getattr(job_type, name) or ""):
+            if field is not None and re.split(r"[.[]", field)[0] not in parameters:
+                raise ValueError(f"job type {job_type.name!r}: {name}: no parameter is {field!r}")
+
+
+def _check_limit(job_type: JobType) -> None:
+    if job_type.concurrency_key is None:
+        raise ValueError(f"job type {job_type.name!r}: concurrency_limit needs a concurrency_key")
+    if not 1 <= (job_type.concurrency_limit or 0) <= MAX_CONCURRENCY:
+        raise ValueError(f"job type {job_type.name!r}: concurrency_limit is 1 to {MAX_CONCURRENCY:,}")
+
+
 def _is_exception(kind: object) -> bool:
     return isinstance(kind, type) and issubclass(kind, BaseException)
 
@@ -265,12 +297,13 @@ def default_name(function: Callable[..., Any]) -> str:
     return f"{module}.{function.__name__}".lower()
 
 
-def register_job_function(name: str, function: Callable[..., Any]) -> None:
+def register_job_function(name: str, function: Callable[..., Any], *, isolation: str = "child") -> None:
     """Make a function a job type, without decorating it: `background_job` does that, and takes defaults.
 
-    Raises ValueError for a bad name, and for one that another function has.
+    With `isolation` "fork" each of its jobs gets a process of its own. Raises ValueError for a bad name, for
+    one that another function has, and for any other isolation than "child" and "fork".
     """
-    registry.add(JobType(name, function))
+    registry.add(JobType(name, function, isolation=Isolation(isolation)))
 
 
 def load(modules: Iterable[str]) -> Registry:

@@ -21,6 +21,8 @@ from laneway.engine.endings import (
     MAX_TRACEBACK,
     Cancelled,
     Ending,
+    GoesOnElsewhere,
+    HandedOver,
     Raised,
     Returned,
     TimedOut,
@@ -56,7 +58,7 @@ class Runner:
         parameters: str,
         timeout_seconds: int,
         line: Line,
-    ) -> Ending:
+    ) -> Ending | HandedOver:
         """Call the handler and say how it ended. Never raises what the handler raised."""
         context = JobContext(
             job_id=job_id,
@@ -85,6 +87,8 @@ class Runner:
             finally:
                 self._alarm.clear("timeout")
             return Returned(to_json(result, what="result") if result is not None else None)
+        except GoesOnElsewhere:
+            return HandedOver()
         except BaseException as error:
             if timed_out and not isinstance(error, JobCancelled):
                 return TimedOut(timeout_seconds, _trace(error))

@@ -51,6 +51,7 @@ from laneway.engine.slot_plan import (
 from laneway.engine.slots import count_start, drop_waiting, insert_runs, job_of, run_row
 from laneway.engine.transitions import create
 from laneway.errors import Conflict, FieldError, ScheduleNotFound, Unprocessable
+from laneway.lanes.backend import Due
 from laneway.models import jobs, schedule_runs, schedules, tenants
 
 MAX_SCHEDULES = 1000  # of a tenant
@@ -408,7 +409,7 @@ class Schedules:
         [answer] = service.admit([Prepared(row, spec, scope_of(caller))], write)
         if isinstance(answer, Exception):
             raise answer
-        service.ring([(row.lane, row.id)])
+        service.ring([Due(row.lane, row.id, row.tenant_id)])
         return answer
 
     def runs(

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import cached_property
 from typing import Any
 
 import sqlalchemy as sa
@@ -15,10 +16,11 @@ import sqlalchemy as sa
 from laneway import models
 from laneway.clock import Clock, SystemClock, new_id
 from laneway.db import Database
+from laneway.domain.http_target import HTTP_REQUEST, shown
 from laneway.domain.payload import check_storable, to_json
 from laneway.domain.spec import JobSpec
 from laneway.domain.states import FINAL, JobStatus
-from laneway.engine import dependencies, idempotency, queries
+from laneway.engine import debounce, dependencies, http_jobs, idempotency, queries
 from laneway.engine.access.callers import Caller, Role
 from laneway.engine.admission import Admission
 from laneway.engine.cancels import Manner, ask_to_stop
@@ -26,6 +28,7 @@ from laneway.engine.group_commit import commit_each
 from laneway.engine.idempotency import Kept, Key
 from laneway.engine.outcomes import carry_out, due_of
 from laneway.engine.pauses import QUEUE_PAUSED, is_paused
+from laneway.engine.positions import position
 from laneway.engine.queries import Filter, Scope
 from laneway.engine.registry import JobType, Registry
 from laneway.engine.retention import delete_jobs
@@ -45,11 +48,12 @@ from laneway.errors import (
     Unprocessable,
     WebhookUrlRefused,
 )
-from laneway.lanes.backend import EndedRun, LaneBackend, LanesUnavailable
+from laneway.lanes.backend import Due, EndedRun, LaneBackend, LanesUnavailable
 from laneway.lanes.live import News, Silence
 from laneway.log import get_logger
 from laneway.settings import Settings
 from laneway.webhooks.guard import Policy, check_url
+from laneway.webhooks.secrets import SecretBox
 
 MAX_METADATA_BYTES = 16 * 1024
 NO_CAPABLE_WORKER = "no_capable_worker"
@@ -127,6 +131,8 @@ class JobService:
         Raises UnknownJobType, InvalidParameters, InvalidPayload, PayloadTooLarge, WebhookUrlRefused.
         """
         job_type = self.known_type(spec.job_type, "/job_type")
+        if spec.target is not None:
+            spec, check_parameters = self._aimed(spec, caller), False
         spec = _with_defaults(spec, job_type)
         parameters = to_json(spec.parameters)
         if check_parameters:
@@ -163,8 +169,27 @@ class JobService:
             status=JobStatus.QUEUED.value if starts_at is None else JobStatus.SCHEDULED.value,
             queued_at=now if starts_at is None else None,
         )
+        if spec.concurrency_key is not None:
+            limit = spec.concurrency_limit or 1
+            row = LinkedJob.of(row, concurrency_key=spec.concurrency_key, concurrency_limit=limit)
         row = dependencies.waiting(row, spec.parents, on_failure=spec.on_dependency_failure)
         return Prepared(row, spec, scope_of(caller), key)
+
+    def _aimed(self, spec: JobSpec, caller: Caller) -> JobSpec:
+        """The spec with its target as its parameters. Raises WebhookUrlRefused."""
+        assert spec.target is not None  # noqa: S101 - for mypy
+        parameters = http_jobs.parameters_of(
+            spec.target,
+            tenant_id=caller.tenant_id,
+            traceparent=spec.metadata.get("traceparent"),
+            policy=self._webhook_policy,
+            box=self._box,
+        )
+        return spec.model_copy(update={"parameters": parameters, "target": None})
+
+    @cached_property
+    def _box(self) -> SecretBox:
+        return SecretBox.from_settings(self.settings)
 
     def known_type(self, name: str, pointer: str) -> JobType:
         """The job type. Raises UnknownJobType, which points at the field that names it."""
@@ -176,7 +201,7 @@ class JobService:
 
     def _storable(self, spec: JobSpec) -> dict[str, Any]:
         """The fields that both stores must be able to hold, checked and in the form that is kept."""
-        for name in ("title", "description", "unique_key"):
+        for name in ("title", "description", "unique_key", "concurrency_key"):
             check_storable(getattr(spec, name), what=name)
         fields: dict[str, Any] = {
             name: in_utc(moment, name)
@@ -228,7 +253,7 @@ class JobService:
     def _create(self, prepared: Sequence[Prepared]) -> list[dict[str, Any] | Exception]:
         answers = self._insert(prepared)
         again = [p for p, answer in zip(prepared, answers, strict=True) if answer is None]
-        if again:  # the holders of their unique keys ended in between
+        if again:  # the holders of their unique keys ended in between, or let go of them
             second = iter(self._insert(again))
             answers = [next(second) if answer is None else answer for answer in answers]
         return [answer or _taken(p.row.unique_key, None) for p, answer in zip(prepared, answers, strict=True)]
@@ -237,14 +262,12 @@ class JobService:
         now = self.clock.now()
         if any(p.key for p in prepared):
             return self._insert_keyed(prepared, now)
-        ties = any(p.spec.depends_on for p in prepared)
-        with self.database.write() if ties else self.database.write_once() as connection:
+        more = any(p.spec.depends_on or p.spec.debounce_seconds for p in prepared)
+        with self.database.write() if more else self.database.write_once() as connection:
             made = create(connection, [p.row for p in prepared], now=now)
             _tie(connection, prepared, made, now=now)
-            return [
-                _new_view(p, now) if new else _holder(connection, p)
-                for p, new in zip(prepared, made, strict=True)
-            ]
+            answers = _answers(connection, prepared, made, now=now)
+        return [answers[p.row.id] for p in prepared]
 
     def _insert_keyed(self, prepared: Sequence[Prepared], now: datetime) -> list[Answer | None]:
         """The same where some have keys: only the first request of each key makes its job."""
@@ -256,9 +279,9 @@ class JobService:
             ours = [p for p in prepared if p.key is None or (p is first[p.key.id] and p.key.id not in known)]
             made = create(connection, [p.row for p in ours], now=now)
             _tie(connection, ours, made, now=now)
-            answers: dict[str, Answer | None] = {}
+            answers = _answers(connection, ours, made, now=now)
             for p, new in zip(ours, made, strict=True):
-                answers[p.row.id] = answer = _new_view(p, now) if new else _holder(connection, p)
+                answer = answers[p.row.id]
                 if p.key and isinstance(answer, dict):
                     known[p.key.id] = Kept(p.key.request, told[p.key.id] if new else answer)
                     if not new:
@@ -283,10 +306,12 @@ class JobService:
         now = self.clock.now()
 
         def insert(_: Sequence[Prepared]) -> list[Answer]:
-            [made] = create(connection, [prepared.row], now=now)
-            _tie(connection, [prepared], [made], now=now)
-            answer = _new_view(prepared, now) if made else _holder(connection, prepared)
-            return [answer or _taken(prepared.row.unique_key, None)]
+            for _attempt in range(2):  # the holder of its unique key may have let go of it
+                made = create(connection, [prepared.row], now=now)
+                _tie(connection, [prepared], made, now=now)
+                if answer := _answers(connection, [prepared], made, now=now)[prepared.row.id]:
+                    return [answer]
+            return [_taken(prepared.row.unique_key, None)]
 
         [answer] = self._admission.admit([prepared], insert)
         if isinstance(answer, Exception):
@@ -303,9 +328,16 @@ class JobService:
             p.row.queued_at is None and p.row.scheduled_for and p.row.scheduled_for < soon for p in prepared
         ):
             self.news.ring_scheduler()
+        self.news.changed(
+            [
+                answer["id"]
+                for p, answer in zip(prepared, answers, strict=True)
+                if p.spec.debounce_seconds and isinstance(answer, dict) and answer["id"] != p.row.id
+            ]
+        )
         self.ring(
             [
-                (p.row.lane, p.row.id)
+                Due(p.row.lane, p.row.id, p.row.tenant_id)
                 for p, answer in zip(prepared, answers, strict=True)
                 if (p.row.queued_at is not None or p.spec.depends_on)  # which may have ended long ago
                 and not isinstance(answer, Exception)
@@ -313,12 +345,16 @@ class JobService:
             ]
         )
 
-    def ring(self, items: Sequence[tuple[str, str]]) -> None:
-        """Push `(lane, job id)` pairs, best effort: what fails here is rung again by the reconciler."""
+    def ring(self, items: Sequence[Due], *, first: bool = False) -> None:
+        """Push these jobs, best effort: what fails here is rung again by the reconciler.
+
+        With `first` at the head of their lanes.
+        """
         if not items:
             return
+        push = self.lanes.push_first if first else self.lanes.push
         try:
-            self.lanes.push(items)
+            push(items)
         except LanesUnavailable as error:
             log.warning("push_failed", jobs=len(items), error=str(error))
 
@@ -337,7 +373,7 @@ class JobService:
         """
         with self.database.read() as connection:
             row = self.find(connection, job_id, caller)
-            job = queries.view(row)
+            job = queries.view(row) | {"position": position(connection, row)}
             if row["status"] == JobStatus.QUEUED and is_paused(connection, row["queue"]):
                 job["status_reason"] = QUEUE_PAUSED
             elif row["status"] == JobStatus.QUEUED and row["queued_at"] < self.clock.now() - UNSERVED_AFTER:
@@ -504,11 +540,12 @@ class JobService:
                 [outcome] = carry_out(connection, [move], now=now, actor=caller.subject)
                 if not isinstance(outcome, Applied):
                     raise IllegalTransition(f"the job is {row['status']}", current_status=row["status"])
-                job = queries.view(self.find(connection, job_id, caller))
+                row = self.find(connection, job_id, caller)
+                job = queries.view(row) | {"position": position(connection, row)}
                 idempotency.keep(connection, key, job)
         except sa.exc.IntegrityError:
             raise self._key_taken(job_id, caller) from None
-        self.ring([(outcome.row["lane"], job_id)])
+        self.ring([Due(outcome.row["lane"], job_id, outcome.row["tenant_id"])])
         self.news.changed([job_id])
         return job
 
@@ -540,8 +577,10 @@ def _with_defaults(spec: JobSpec, job_type: JobType) -> JobSpec:
     """The spec with the job type's defaults where the request said nothing."""
     own, said = job_type.own_defaults, spec.model_fields_set
     missing = {name: value for name, value in own.items() if name not in said} if own else {}
-    if "unique_key" in missing:
-        missing["unique_key"] = job_type.fill_in(missing["unique_key"], spec.parameters)
+    for name in {"unique_key", "concurrency_key"} & missing.keys():
+        missing[name] = job_type.fill_in(missing[name], spec.parameters)
+    if "concurrency_limit" in missing and "concurrency_key" not in {*missing, *said}:
+        del missing["concurrency_limit"]
     return spec.model_copy(update=missing) if missing else spec
 
 
@@ -579,15 +618,32 @@ def _new_view(prepared: Prepared, now: datetime) -> dict[str, Any]:
     return queries.view(columns)
 
 
-def _holder(connection: sa.Connection, prepared: Prepared) -> dict[str, Any] | UniqueKeyTaken | None:
+def _answers(
+    connection: sa.Connection, prepared: Sequence[Prepared], made: Sequence[str | None], *, now: datetime
+) -> dict[str, Answer | None]:
+    """By the id of the row to be: the new job, or what `_holder` says.
+
+    Holders are put off in the order of their keys, so that two batches do not lock each other out.
+    """
+    pairs = sorted(zip(prepared, made, strict=True), key=lambda pair: pair[0].row.unique_key or "")
+    return {p.row.id: _new_view(p, now) if new else _holder(connection, p, now=now) for p, new in pairs}
+
+
+def _holder(connection: sa.Connection, prepared: Prepared, *, now: datetime) -> Answer | None:
     """The active job that holds the unique key; an error where the request wants one, or may not see it.
 
-    None when there is none any more.
+    One that is debounced waits on. None when there is none any more.
     """
     row = queries.find_active(connection, Scope(prepared.row.tenant_id), prepared.row.unique_key or "")
     if row is None:
         return None
     visible = prepared.scope.subject in (None, row["created_by"])
+    if visible and prepared.spec.debounce_seconds:
+        if row["job_type"] != prepared.row.job_type:
+            return _taken(prepared.row.unique_key, row)
+        waits = debounce.put_off(connection, row["id"], prepared.row, now=now)
+        job = queries.find_job(connection, row["id"], prepared.scope) if waits else None
+        return None if job is None else queries.view(job)
     if visible and prepared.spec.on_conflict == "return_existing":
         return queries.view(row)
     return _taken(prepared.row.unique_key, row if visible else None)
@@ -600,7 +656,8 @@ def _replay(prepared: Prepared, key: Key, kept: Kept | None) -> Answer:
     except LanewayError as error:
         return error
     if answer["parameters"] is None:
-        answer["parameters"] = prepared.spec.parameters
+        said = prepared.spec.parameters
+        answer["parameters"] = shown(said) if prepared.row.job_type == HTTP_REQUEST else said
     return answer
 
 

@@ -35,6 +35,7 @@ from laneway.engine.schedule_ends import ACTOR, ScheduleNews, tell
 from laneway.engine.slot_plan import Decision, Overlap, Plan, Skipped, due_of, plan
 from laneway.engine.transitions import Applied, Cancel, LinkedJob, create
 from laneway.errors import QuotaQueued
+from laneway.lanes.backend import Due
 from laneway.log import get_logger
 from laneway.models import jobs, schedule_runs, schedules
 
@@ -54,7 +55,7 @@ class Fired:
     """What a sweep did: how many slots it decided, `(lane, job id)` to be rung, whether somebody is told."""
 
     decided: int = 0
-    rung: list[tuple[str, str]] = field(default_factory=list)
+    rung: list[Due] = field(default_factory=list)
     told: bool = False
 
 
@@ -143,7 +144,7 @@ def fire(database: Database, room: Admission, *, now: datetime) -> Fired:
         _move_on(connection, plans, started, skipped, now=now)
         done.told = tell(connection, [_missed(each, decision) for each, decision in skipped], now=now)
         done.decided = sum(len(planned.decisions) for _, planned in plans)
-        done.rung = [(each.row.lane, each.row.id) for each in started]
+        done.rung = [Due(each.row.lane, each.row.id, each.row.tenant_id) for each in started]
     return done
 
 
@@ -356,7 +357,7 @@ def start_waiting(database: Database, room: Admission, *, now: datetime) -> Fire
 
         answers = room.admit(starts, make) if starts else []
         done.rung = [
-            (each.row.lane, each.row.id)
+            Due(each.row.lane, each.row.id, each.row.tenant_id)
             for each, answer in zip(starts, answers, strict=True)
             if not isinstance(answer, Exception)  # one for which there is no room goes on waiting
         ]

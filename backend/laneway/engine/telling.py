@@ -18,7 +18,7 @@ from laneway.webhooks.messages import Target, Told, message_id, record, supersed
 from laneway.webhooks.subscriptions import Subscribers, subscribers
 
 PROGRESS = EventType.JOB_PROGRESS
-LEFT_OUT = ("id", "parameters", "webhook_delivered", "webhook_attempts", "cancelling", "worker")
+LEFT_OUT = ("id", "parameters", "webhook_delivered", "webhook_attempts", "cancelling", "worker", "position")
 """The fields of a job's answer that its events have not; the id is their `job_id`."""
 
 

@@ -28,6 +28,7 @@ from laneway import models
 from laneway.db import Moment, Rows, any_of, listed
 from laneway.domain.retry import DeadLetterReason
 from laneway.domain.states import FINAL, RULES, Action, JobStatus
+from laneway.lanes.backend import Due
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,21 +56,31 @@ class HeldMove(Move):
 _LET_GO = "lease_token = NULL, worker_id = NULL"
 _UNASKED = "jobs.cancel_requested_at IS NULL"
 _OPEN_QUEUE = "jobs.queue NOT IN (SELECT paused_queues.queue FROM paused_queues)"
+_NEEDS_NO_SLOT = (
+    "jobs.concurrency_key IS NULL"
+    " AND jobs.tenant_id NOT IN (SELECT tenants.id FROM tenants WHERE tenants.max_running IS NOT NULL)"
+)
+MAY_START = f"{_UNASKED} AND (jobs.expires_at IS NULL OR jobs.expires_at > :now) AND {_OPEN_QUEUE}"
+"""Of a queued job: it is not late, wanted, and its queue is open."""
 
 
 @dataclass(frozen=True, slots=True)
 class Enqueue(Move):
-    """It is due."""
+    """It is due. `queued_at`: at its old place in the lane."""
+
+    queued_at: datetime | None = None
 
     action = Action.ENQUEUE
-    sets = "queued_at = :now, next_retry_at = NULL, status_reason = NULL"
+    kinds: ClassVar = {"job_id": "id", "queued_at": "moment"}
+    sets = "queued_at = COALESCE(u.queued_at, :now), next_retry_at = NULL, status_reason = NULL"
 
 
 @dataclass(frozen=True, slots=True)
 class Claim(Move):
     """Take the job: attempt + 1, a lease under `lease_token`.
 
-    Refused once the job is late or unwanted, and while its queue is paused.
+    Refused once the job is late or unwanted, while its queue is paused, and where it needs a slot
+    (engine/concurrency.py).
     """
 
     lease_token: str
@@ -80,9 +91,28 @@ class Claim(Move):
     kinds: ClassVar = {"job_id": "id", "lease_token": "id", "worker_id": "id", "at": "moment"}
     sets = (
         "attempt = jobs.attempt + 1, lease_token = u.lease_token, worker_id = u.worker_id, started_at = u.at,"
-        " progress = 0, progress_message = NULL, progress_details = NULL"
+        " progress = 0, progress_message = NULL, progress_details = NULL, gated = false"
     )
-    guard = f"{_UNASKED} AND (jobs.expires_at IS NULL OR jobs.expires_at > :now) AND {_OPEN_QUEUE}"
+    guard = f"{MAY_START} AND {_NEEDS_NO_SLOT}"
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimSlot(Claim):
+    """Take a job for which there is a slot: only for who has made sure of that (engine/concurrency.py)."""
+
+    sets = Claim.sets.replace("gated = false", "gated = true")
+    guard = MAY_START
+
+
+@dataclass(frozen=True, slots=True)
+class Block(Move):
+    """No slot is free: wait for one. `reason` is kept as `status_reason`."""
+
+    reason: str
+
+    action = Action.BLOCK
+    kinds: ClassVar = {"job_id": "id", "reason": "text"}
+    sets = "status_reason = u.reason"
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +224,7 @@ class Expire(Move):
 
 
 _ANEW = (
-    "finished_at = NULL, result = NULL, error = NULL, dead_letter_reason = NULL,"
+    "finished_at = NULL, status_reason = NULL, result = NULL, error = NULL, dead_letter_reason = NULL,"
     " retry_count = 0, crash_count = 0, progress = 0, progress_message = NULL, progress_details = NULL,"
     " cancel_requested_at = NULL, cancel_terminate = false, cancel_grace_seconds = NULL,"
     " cancelled_by = NULL, cancel_reason = NULL, expires_at = NULL, webhook_delivered = false"
@@ -246,6 +276,7 @@ class ForceComplete(Move):
 MOVES: tuple[type[Move], ...] = (
     Enqueue,
     Claim,
+    Block,
     Complete,
     BackOff,
     Fail,
@@ -267,7 +298,8 @@ class Applied:
     move: Move
     row: sa.RowMapping
     told: bool = False  # somebody is sent a webhook about it, or about what followed
-    due: tuple[tuple[str, str], ...] = ()  # `(lane, id)` of jobs that may start since: ring them
+    due: tuple[Due, ...] = ()  # `(lane, id)` of jobs that may start since: ring them
+    next: tuple[Due, ...] = ()  # those whose slot came free: ring them at the head
 
     @property
     def status(self) -> JobStatus:
@@ -276,26 +308,20 @@ class Applied:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """The move changed nothing: the job is unknown (`status` None) or has moved on."""
+    """The move changed nothing: the job is unknown (`status` None), has moved on, or needs a slot."""
 
     move: Move
     status: JobStatus | None
     attempt: int | None
+    needs_slot: bool = False  # the job runs in a slot of its key or of its tenant
+    next: tuple[Due, ...] = ()  # as of Applied
 
 
 Outcome = Applied | Refused
 
 RETURNED = (
-    "id",
-    "tenant_id",
-    "lane",
-    "event_seq",
-    "attempt",
-    "webhook_url",
-    "linked",
-    "batch_id",
-    "chain_run_id",
-    "scheduled_job_id",
+    *("id", "tenant_id", "lane", "event_seq", "attempt", "webhook_url", "scheduled_job_id"),
+    *("linked", "batch_id", "chain_run_id", "gated", "concurrency_key"),
 )
 CLAIMED = (
     *RETURNED,
@@ -344,7 +370,7 @@ def _update(kind: type[Move], dialect: str, known_types: bool) -> tuple[sa.TextC
         guards.append(kind.guard)
     if known_types:
         guards.append(f"jobs.job_type IN {any_of(dialect, 'job_types')}")
-    columns = CLAIMED if kind is Claim else RETURNED
+    columns = CLAIMED if issubclass(kind, Claim) else RETURNED
     # Ids come back as text on both stores; JSON stays text, since whoever runs the job parses it.
     read = ", ".join(f"CAST({c} AS text) AS {c}" if c in _IDS else c for c in columns)
     own = ", ".join(f"jobs.{c}" for c in columns)
@@ -424,7 +450,7 @@ def apply(
         if _ID.fullmatch(move.job_id):
             by_kind.setdefault(type(move), {}).setdefault(_key(move), index)
     for kind, places in by_kind.items():
-        known = kind is Claim and job_types is not None
+        known = issubclass(kind, Claim) and job_types is not None
         statement, rows = _update(kind, dialect, known)  # type: ignore[arg-type]  # mypy: a class has a hash
         chosen = [moves[index] for _, index in sorted(places.items())]
         parameters = rows.bind(dialect, [tuple(getattr(m, name) for name in rows.columns) for m in chosen])
@@ -455,7 +481,7 @@ def apply(
     if len(won) == len(moves):
         return [won[index] for index in range(len(moves))]
     found = _where_they_are(connection, [m.job_id for i, m in enumerate(moves) if i not in won])
-    return [won.get(i) or Refused(m, *found.get(m.job_id, (None, None))) for i, m in enumerate(moves)]
+    return [won.get(i) or Refused(m, *found.get(m.job_id, (None, None, False))) for i, m in enumerate(moves)]
 
 
 def leave_to_sweep(connection: sa.Connection, job_ids: Collection[str]) -> None:
@@ -471,14 +497,15 @@ def _key(move: Move) -> tuple[str, int | None]:
     return move.job_id, move.attempt if isinstance(move, HeldMove) else None
 
 
-def _where_they_are(connection: sa.Connection, ids: Iterable[str]) -> dict[str, tuple[JobStatus, int]]:
+def _where_they_are(connection: sa.Connection, ids: Iterable[str]) -> dict[str, tuple[JobStatus, int, bool]]:
     dialect = connection.dialect.name
     known = sorted({job_id for job_id in ids if _ID.fullmatch(job_id)})
     statement = sa.text(
-        f"SELECT CAST(id AS text), status, attempt FROM jobs WHERE id IN {any_of(dialect, 'ids', kind='id')}"  # noqa: S608
+        f"SELECT CAST(id AS text), status, attempt, NOT ({_NEEDS_NO_SLOT}) FROM jobs"  # noqa: S608
+        f" WHERE id IN {any_of(dialect, 'ids', kind='id')}"
     )
     rows = connection.execute(statement, {"ids": listed(dialect, known)})
-    return {job_id: (JobStatus(status), attempt) for job_id, status, attempt in rows}
+    return {job_id: (JobStatus(status), attempt, bool(slot)) for job_id, status, attempt, slot in rows}
 
 
 @dataclass(frozen=True, slots=True)
@@ -514,7 +541,9 @@ class NewJob:
 
 @dataclass(frozen=True, slots=True)
 class LinkedJob(NewJob):
-    """A row to be of a job in a batch or a chain, or that waits for others; it may be `blocked` too.
+    """A row to be of a job in a batch or a chain, that waits for others, or that has a concurrency key.
+
+    It may be `blocked` too.
 
     `depends_on` is JSON text. `linked` says that something follows its end.
     """
@@ -529,6 +558,8 @@ class LinkedJob(NewJob):
     dependencies_left: int = 0
     linked: bool = False
     scheduled_job_id: str | None = None
+    concurrency_key: str | None = None
+    concurrency_limit: int | None = None
 
     @classmethod
     def of(cls, job: NewJob, **links: Any) -> LinkedJob:
@@ -555,6 +586,7 @@ _NEW_KINDS = {
     "dependencies_left": "int",
     "linked": "bool",
     "scheduled_job_id": "id",
+    "concurrency_limit": "int",
 }
 _NEW = Rows(**{field.name: _NEW_KINDS.get(field.name, "text") for field in fields(NewJob)})
 _LINKED = Rows(**{field.name: _NEW_KINDS.get(field.name, "text") for field in fields(LinkedJob)})

@@ -7,9 +7,9 @@ nothing; each push is a doorbell, so ringing twice does no harm. What workers le
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Mapping, Sequence
 from datetime import datetime, timedelta
+from functools import partial
 
 import sqlalchemy as sa
 
@@ -20,7 +20,8 @@ from laneway.engine.outcomes import carry_out
 from laneway.engine.pauses import open_lanes, paused_queues
 from laneway.engine.queries import lanes_with_work
 from laneway.engine.transitions import Applied, Enqueue, Expire
-from laneway.lanes.backend import LaneBackend
+from laneway.engine.turns import first_by_tenant, tenant_weights
+from laneway.lanes.backend import Due, Lack, LaneBackend
 
 SWEEP_LIMIT = 500
 HEAD = 500
@@ -35,8 +36,8 @@ DUE_BY = {JobStatus.SCHEDULED: "scheduled_for", JobStatus.RETRYING: "next_retry_
 j = models.jobs.c
 
 
-def promote(database: Database, *, now: datetime) -> list[tuple[str, str]]:
-    """Queue the scheduled and retrying jobs that fell due; their `(lane, id)`, to be rung."""
+def promote(database: Database, *, now: datetime) -> list[Due]:
+    """Queue the scheduled and retrying jobs that fell due; what is to be rung."""
     late = sa.or_(*(sa.and_(j.status == status, j[column] <= now) for status, column in DUE_BY.items()))
     due = sa.select(j.id).where(late).order_by(sa.func.coalesce(j.next_retry_at, j.scheduled_for), j.id)
     with database.write() as connection:
@@ -44,7 +45,7 @@ def promote(database: Database, *, now: datetime) -> list[tuple[str, str]]:
         outcomes = (
             carry_out(connection, [Enqueue(job_id) for job_id in ids], now=now, actor=ACTOR) if ids else []
         )
-    return [(o.row["lane"], o.row["id"]) for o in outcomes if isinstance(o, Applied)]
+    return [Due(o.row["lane"], o.row["id"], o.row["tenant_id"]) for o in outcomes if isinstance(o, Applied)]
 
 
 def next_due(database: Database) -> datetime | None:
@@ -70,31 +71,20 @@ def expire(database: Database, *, now: datetime) -> int:
     return sum(isinstance(o, Applied) for o in outcomes)
 
 
-@dataclass(frozen=True, slots=True)
-class Missing:
-    """The ids that a lane lacks, next first: those before its first and those after its last.
-
-    `complete`: no queued row is missing beyond these.
-    """
-
-    head: tuple[str, ...]
-    tail: tuple[str, ...]
-    complete: bool
-
-
 def missing(
     queued: Sequence[tuple[str, datetime]],
     present: Container[str],
     *,
+    tenant_id: str,
     window: int,
     refused: bool,
     now: datetime,
-) -> Missing:
-    """What to ring, so that a lane holds its oldest `window` rows in their order. Pure.
+) -> Lack:
+    """What to ring of one tenant, so that a lane holds its oldest `window` rows in their order. Pure.
 
-    `queued` are the lane's rows, `(id, queued_at)`, oldest first: `window + 1` of them, or all. `present` is
-    what the lane holds. A young row is taken to be on its way, unless pushes were `refused` (the lane's
-    backlog flag is up): leaving it out would keep the flag up for as long as jobs keep coming.
+    `queued` are its rows in the lane, `(id, queued_at)`, oldest first: `window + 1` of them, or all.
+    `present` is what the lane holds. A young row is taken to be on its way, unless pushes were `refused` (the
+    tenant is marked): leaving it out would keep the mark for as long as jobs keep coming.
     """
     head: list[str] = []
     tail: list[str] = []
@@ -106,11 +96,11 @@ def missing(
             (tail if met else head).append(job_id)
     if not met:
         head, tail = [], head
-    return Missing(tuple(head), tuple(tail), len(queued) <= window)
+    return Lack(tenant_id, tuple(head), tuple(tail), len(queued) <= window)
 
 
 def reconcile(database: Database, lanes: LaneBackend, *, window: int, now: datetime) -> int:
-    """Ring again for queued rows that their lane lacks: lost ids at its head, waiting ones at its tail.
+    """Ring again for queued rows that their lane lacks: of each tenant as many as its turns there are.
 
     Comparing the two lists needs no state of its own, so it repairs a flushed Redis, a lost push and a
     full window alike. While a lane holds three quarters of its window, only its head is compared: what is
@@ -120,26 +110,42 @@ def reconcile(database: Database, lanes: LaneBackend, *, window: int, now: datet
     rung = 0
     with database.read() as connection:
         names = open_lanes(lanes_with_work(connection), paused_queues(connection))
+        weights = tenant_weights(connection)
+    if names or weights:  # else there is nothing to say, and Redis may be away
+        lanes.weigh(weights)
     for lane in names:
-        backlog = lanes.backlog(lane)  # before the rows are read: a refusal after this keeps the flag up
+        backlog = lanes.backlog(lane)  # before the rows are read: a refusal after this keeps the mark
         present = set(lanes.contents(lane))
-        if len(present) > max(HEAD, window * 3 // 4):
-            rows = _oldest(database, lane, HEAD)
-            near = missing(rows, present, window=window, refused=backlog.waiting, now=now)
-            if not near.head and not near.tail:
-                continue
-        rows = _oldest(database, lane, window + 1)
-        lacks = missing(rows, present, window=window, refused=backlog.waiting, now=now)
-        if lacks.head or lacks.tail or (backlog.waiting and lacks.complete):
-            rung += lanes.refill(
-                lane, lacks.head, lacks.tail, complete=lacks.complete, refusals_seen=backlog.refusals
-            )
+        compare = partial(_lacks, database, lane, present, weights=weights, refused=backlog.tenants, now=now)
+        if len(present) > max(HEAD, window * 3 // 4) and not _any(compare(most=HEAD)):
+            continue
+        found = compare(most=window)
+        seen = {lack.tenant_id for lack in found}
+        gone = backlog.tenants - seen if len(seen) < window else ()  # else more tenants may have rows
+        found += [Lack(tenant_id, (), (), complete=True) for tenant_id in sorted(gone)]
+        if _any(found) or any(lack.complete and lack.tenant_id in backlog.tenants for lack in found):
+            rung += lanes.refill(lane, found, refusals_seen=backlog.refusals)
     return rung
 
 
-def _oldest(database: Database, lane: str, limit: int) -> list[tuple[str, datetime]]:
-    """A lane's queued rows, `(id, queued_at)`, in the order of the lane."""
-    queued = sa.select(j.id, j.queued_at).where(j.lane == lane, j.status == JobStatus.QUEUED)
+def _lacks(
+    database: Database,
+    lane: str,
+    present: Container[str],
+    *,
+    most: int,
+    weights: Mapping[str, int],
+    refused: Container[str],
+    now: datetime,
+) -> list[Lack]:
+    """Of each tenant with rows in the lane what it lacks, looking at about `most` rows."""
     with database.read() as connection:
-        found = connection.execute(queued.order_by(j.queued_at, j.id).limit(limit))
-        return [(row.id, row.queued_at) for row in found]
+        first = first_by_tenant(connection, lane, most, weights=weights)
+    return [
+        missing(rows, present, tenant_id=t, window=len(rows) - more, refused=t in refused, now=now)
+        for t, (rows, more) in first.items()
+    ]
+
+
+def _any(lacks: Sequence[Lack]) -> bool:
+    return any(lack.head or lack.tail for lack in lacks)

@@ -9,7 +9,8 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from laneway.engine.queries import Clauses, Scope, equal_to, find_job, made_between, stamp
+from laneway.db import Database
+from laneway.engine.queries import Clauses, Scope, equal_to, find_job, made_between, newest_first, stamp
 from laneway.errors import Conflict, DeliveryNotFound, JobNotFound
 from laneway.models import webhook_attempts, webhook_endpoints, webhook_messages
 from laneway.models import webhook_deliveries as deliveries
@@ -80,23 +81,29 @@ class DeliveryFilter:
 
 
 def page(
-    connection: sa.Connection, scope: Scope, wanted: DeliveryFilter, *, limit: int, before: str | None
-) -> tuple[list[dict[str, Any]], bool]:
-    """At most `limit` deliveries, newest first, and whether more follow. `before`: the last id so far."""
-    query = _select(scope).where(*wanted.clauses()).order_by(d.id.desc()).limit(limit + 1)
-    if before is not None:
-        query = query.where(d.id < before)
-    rows = [_view(row) for row in connection.execute(query).mappings()]
-    return rows[:limit], len(rows) > limit
+    database: Database, scope: Scope, wanted: DeliveryFilter, *, limit: int, cursor: str | None
+) -> tuple[list[dict[str, Any]], str | None]:
+    """Deliveries, newest first, and the cursor of the next page. Raises InvalidCursor."""
+    with database.read() as connection:
+        return _page(connection, scope, wanted, limit=limit, cursor=cursor)
 
 
 def page_of_job(
-    connection: sa.Connection, scope: Scope, job_id: str, *, limit: int, before: str | None
-) -> tuple[list[dict[str, Any]], bool]:
-    """A page of the deliveries that tell of one job. Raises JobNotFound."""
-    if find_job(connection, job_id, scope) is None:
-        raise JobNotFound(f"there is no job {job_id}", job_id=job_id)
-    return page(connection, scope, DeliveryFilter(job_id=job_id), limit=limit, before=before)
+    database: Database, scope: Scope, job_id: str, *, limit: int, cursor: str | None
+) -> tuple[list[dict[str, Any]], str | None]:
+    """A page of the deliveries that tell of one job. Raises JobNotFound, InvalidCursor."""
+    with database.read() as connection:
+        if find_job(connection, job_id, scope) is None:
+            raise JobNotFound(f"there is no job {job_id}", job_id=job_id)
+        return _page(connection, scope, DeliveryFilter(job_id=job_id), limit=limit, cursor=cursor)
+
+
+def _page(
+    connection: sa.Connection, scope: Scope, wanted: DeliveryFilter, *, limit: int, cursor: str | None
+) -> tuple[list[dict[str, Any]], str | None]:
+    query = _select(scope).where(*wanted.clauses())
+    rows, following = newest_first(connection, query, d.id, bound=(scope, wanted), limit=limit, cursor=cursor)
+    return [_view(row) for row in rows], following
 
 
 def get(connection: sa.Connection, scope: Scope, delivery_id: str) -> dict[str, Any]:

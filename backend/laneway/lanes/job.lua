@@ -13,7 +13,8 @@
 --   rq:worker:<name>:executions set      "<id>:<execution>" of what it runs
 --   rq:results:<id>             stream   how runs ended; written for failures only
 --   laneway:bell:<queue>        list     strokes that no worker has heard yet
---   laneway:backlog:<lane>      hash     waiting: 1 while rows wait outside; refusals: ids ever refused
+--   laneway:backlog:<lane>      hash     refusals: ids ever refused or put out again; outside:<tenant>: what
+--                               refusals was when rows of the tenant came to wait outside the lane
 
 local RESULT_TTL, FAILURE_TTL = 500, 7 * 86400
 local TAKEN_TTL = 86400  -- what a worker took and never spoke of again
@@ -46,8 +47,8 @@ local function leave_registry(id, status, lane)
   end
 end
 
--- A job hash as if it had never run. Timeouts are Laneway's own: -1 keeps RQ's away.
-local function write_job(id, lane, status, now_iso)
+-- A job hash as if it had never run. Timeouts are Laneway's own: -1 keeps RQ's away. `turn`: see turns.lua.
+local function write_job(id, lane, status, now_iso, turn)
   local key = 'rq:job:' .. id
   local before = redis.call('HMGET', key, 'status', 'origin')
   if before[1] then
@@ -56,7 +57,7 @@ local function write_job(id, lane, status, now_iso)
   end
   redis.call('HSET', key, 'status', status, 'data', pickled_call(id), 'origin', lane, 'description', id,
     'created_at', now_iso, 'enqueued_at', now_iso, 'timeout', -1,
-    'result_ttl', RESULT_TTL, 'failure_ttl', FAILURE_TTL)
+    'result_ttl', RESULT_TTL, 'failure_ttl', FAILURE_TTL, 'turn', turn or '')
 end
 
 -- One stroke for each new id, as long as the bell holds no more than `strokes`.

@@ -3,93 +3,114 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter, defaultdict, deque
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 
 from laneway.domain.spec import queue_of
-from laneway.lanes.backend import BELL_STROKES, LONGEST_WAIT_SECONDS, Backlog, EndedRun, by_lane
+from laneway.lanes.backend import (
+    BELL_STROKES,
+    LONGEST_WAIT_SECONDS,
+    Backlog,
+    Due,
+    EndedRun,
+    Lack,
+    by_tenant,
+)
+from laneway.lanes.turns import Entered, Turns
 
 
 class MemoryLanes:
-    """LaneBackend over deques. Threads may share it; processes cannot."""
+    """LaneBackend over lists. Threads may share it; processes cannot."""
 
     def __init__(self, *, window: int = 10_000) -> None:
         self.window = window
-        self._lanes: defaultdict[str, deque[str]] = defaultdict(deque)
-        self._waiting: set[str] = set()
+        self._weights: dict[str, int] = {}
+        self._lanes: defaultdict[str, Turns] = defaultdict(lambda: Turns(self._weights))
+        self._outside: defaultdict[str, dict[str, int]] = defaultdict(dict)
         self._refusals: Counter[str] = Counter()
         self._strokes: Counter[str] = Counter()
         self._changed = threading.Condition()
 
-    def push(self, items: Sequence[tuple[str, str]]) -> int:
+    def push(self, items: Sequence[Due]) -> int:
         taken = 0
         with self._changed:
-            for lane, job_ids in by_lane(items).items():
-                ids = self._lanes[lane]
-                room = 0 if lane in self._waiting else max(0, self.window - len(ids))
-                accepted, refused = job_ids[:room], job_ids[room:]
-                ids.extend(accepted)
-                if refused:
-                    self._waiting.add(lane)
-                    self._refusals[lane] += len(refused)
-                self._ring(lane, len(accepted))
-                taken += len(accepted)
+            for (lane, tenant_id), job_ids in by_tenant(items).items():
+                room = 0
+                if tenant_id not in self._outside[lane]:
+                    done = self._lanes[lane].push(tenant_id, job_ids, window=self.window)
+                    self._refuse(lane, done.outside)
+                    self._ring(lane, done.count)
+                    room = done.count
+                if room < len(job_ids):
+                    self._refuse(lane, [tenant_id] * (len(job_ids) - room))
+                taken += room
+        return taken
+
+    def push_first(self, items: Sequence[Due]) -> int:
+        taken = 0
+        with self._changed:
+            for (lane, tenant_id), job_ids in by_tenant(items).items():
+                room = max(0, min(len(job_ids), self.window - len(self._lanes[lane].ids)))
+                self._lanes[lane].put_first(tenant_id, job_ids[:room])
+                self._refuse(lane, [tenant_id] * (len(job_ids) - room))
+                self._ring(lane, room)
+                taken += room
         return taken
 
     def take(self, lanes: Sequence[str], count: int, *, worker_name: str) -> list[str]:
         taken: list[str] = []
         with self._changed:
             for lane in lanes:
-                while self._lanes[lane] and len(taken) < count:
-                    taken.append(self._lanes[lane].popleft())
+                taken += self._lanes[lane].take(max(0, count - len(taken)))
         return taken
 
     def remove(self, lane: str, job_ids: Sequence[str]) -> int:
-        unwanted = set(job_ids)
         with self._changed:
-            before = self._lanes[lane]
-            self._lanes[lane] = deque(job_id for job_id in before if job_id not in unwanted)
-            return len(before) - len(self._lanes[lane])
+            return self._lanes[lane].remove(job_ids)
 
     def purge(self, lane: str) -> int:
         with self._changed:
-            return len(self._lanes.pop(lane, ()))
+            return self._lanes[lane].clear()
 
     def depths(self, lanes: Sequence[str]) -> dict[str, int]:
         with self._changed:
-            return {lane: len(self._lanes[lane]) for lane in lanes}
+            return {lane: len(self._lanes[lane].ids) for lane in lanes}
 
     def contents(self, lane: str) -> list[str]:
         with self._changed:
-            return list(self._lanes[lane])
+            return list(self._lanes[lane].ids)
 
     def backlog(self, lane: str) -> Backlog:
         with self._changed:
-            return Backlog(lane in self._waiting, self._refusals[lane])
+            return Backlog(self._refusals[lane], frozenset(self._outside[lane]))
 
-    def refill(
-        self,
-        lane: str,
-        missing_head: Sequence[str],
-        missing_tail: Sequence[str],
-        *,
-        complete: bool,
-        refusals_seen: int,
-    ) -> int:
+    def refill(self, lane: str, lacks: Sequence[Lack], *, refusals_seen: int) -> int:
         with self._changed:
-            ids = self._lanes[lane]
-            inside = set(ids)
-            missing = list(dict.fromkeys(i for i in (*missing_head, *missing_tail) if i not in inside))
-            added = missing[: max(0, self.window - len(ids))]
-            heads = set(missing_head)
-            ids.extendleft(job_id for job_id in reversed(added) if job_id in heads)
-            ids.extend(job_id for job_id in added if job_id not in heads)
-            self._ring(lane, len(added))
-            if not complete or len(added) < len(missing):
-                self._waiting.add(lane)
-            elif self._refusals[lane] == refusals_seen:
-                self._waiting.discard(lane)
-            return len(added)
+            inside = set(self._lanes[lane].ids)
+            parts = []
+            for lack in lacks:
+                head = list(dict.fromkeys(i for i in lack.head if i not in inside))
+                inside.update(head)
+                tail = list(dict.fromkeys(i for i in lack.tail if i not in inside))
+                inside.update(tail)
+                parts.append((lack.tenant_id, head, tail))
+            done = Entered(0)
+            if lacking := [part for part in parts if part[1] or part[2]]:
+                done = self._lanes[lane].refill(lacking, window=self.window)
+                self._refuse(lane, done.outside)
+                self._ring(lane, done.count)
+            outside = self._outside[lane]
+            for lack in lacks:
+                if not lack.complete or lack.tenant_id in done.unfit:
+                    outside.setdefault(lack.tenant_id, self._refusals[lane])
+                elif outside.get(lack.tenant_id, refusals_seen + 1) <= refusals_seen:
+                    del outside[lack.tenant_id]
+            return done.count
+
+    def weigh(self, weights: Mapping[str, int]) -> None:
+        with self._changed:
+            self._weights.clear()
+            self._weights.update(weights)
 
     def workers(self) -> list[str]:
         return []
@@ -114,6 +135,10 @@ class MemoryLanes:
 
     def close(self) -> None:
         pass
+
+    def _refuse(self, lane: str, tenants: Sequence[str]) -> None:
+        self._refusals[lane] += len(tenants)
+        self._outside[lane] |= dict.fromkeys(tenants, self._refusals[lane])
 
     def _ring(self, lane: str, news: int) -> None:
         queue = queue_of(lane)

@@ -1,45 +1,81 @@
 -- Put back what a lane lost, and let in what waits outside; never an id that is in the lane.
--- KEYS  rq:queue:<lane>, laneway:backlog:<lane>, laneway:bell:<queue>
--- ARGV  window, now (ISO), bell strokes, the lane's name, complete (1: no other row waits), refusals seen,
---       how many ids belong before the lane's first; then those ids and the ones after its last, in order
+-- KEYS  rq:queue:<lane>, laneway:backlog:<lane>, laneway:bell:<queue>, laneway:turns:<lane>
+-- ARGV  window, now (ISO), bell strokes, the lane's name, refusals seen; then for each tenant: its id,
+--       complete (1: no other row of it waits), how many ids belong before its first in the lane, how many
+--       after its last, and those ids, in order
 -- Reply how many ids went in
-local list, backlog, bell = KEYS[1], KEYS[2], KEYS[3]
+local list, backlog, bell, turns = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local window, now_iso, strokes = tonumber(ARGV[1]), ARGV[2], tonumber(ARGV[3])
-local lane, complete, seen, heads = ARGV[4], ARGV[5] == '1', ARGV[6], tonumber(ARGV[7])
-local FIRST = 8
-local inside, depth = {}, 0
-if #ARGV >= FIRST then
-  local present = redis.call('LRANGE', list, 0, -1)
-  depth = #present
-  for _, id in ipairs(present) do inside[id] = true end
-end
-local head, tail, all_fit = {}, {}, true
-for i = FIRST, #ARGV do
-  local id = ARGV[i]
-  if not inside[id] then
-    if depth < window then
-      local side = i < FIRST + heads and head or tail
-      side[#side + 1] = id
+local lane, seen = ARGV[4], tonumber(ARGV[5])
+local present, inside, parts, lacking = {}, {}, {}, 0
+
+local function missing(from, count)
+  local ids = {}
+  for i = from, from + count - 1 do
+    local id = ARGV[i]
+    if not inside[id] then
       inside[id] = true
-      depth = depth + 1
-      write_job(id, lane, 'queued', now_iso)
-    else
-      all_fit = false
+      ids[#ids + 1] = id
     end
   end
+  return ids
 end
-local backwards = {}
-for i = #head, 1, -1 do backwards[#backwards + 1] = head[i] end
-each_part('LPUSH', list, backwards)
-each_part('RPUSH', list, tail)
-local added = #head + #tail
-if added > 0 then
-  redis.call('SADD', 'rq:queues', list)
-  ring(bell, added, strokes)
+
+local at = 6
+while at <= #ARGV do
+  local head, tail = tonumber(ARGV[at + 2]), tonumber(ARGV[at + 3])
+  if head + tail > 0 and #present == 0 then
+    present = redis.call('LRANGE', list, 0, -1)
+    for _, id in ipairs(present) do inside[id] = true end
+  end
+  local part = {tenant = ARGV[at], complete = ARGV[at + 1] == '1'}
+  part.head, part.tail = missing(at + 4, head), missing(at + 4 + head, tail)
+  if #part.head + #part.tail > 0 then lacking = lacking + 1 end
+  parts[#parts + 1] = part
+  at = at + 4 + head + tail
 end
-if not (complete and all_fit) then
-  redis.call('HSET', backlog, 'waiting', 1)
-elseif (redis.call('HGET', backlog, 'refusals') or '0') == seen then
-  redis.call('HDEL', backlog, 'waiting')
+
+local added, unfit = 0, {}
+if lacking > 0 then
+  -- Those before a tenant's first were due before all that is there now: the lane's time goes back for them.
+  local now, back = time_of(list, #present, turns), 0
+  for _, part in ipairs(parts) do back = math.max(back, #part.head * cost_of(part.tenant)) end
+  now = now - back
+  local ids, when, of, order = {}, {}, {}, {}
+  for _, part in ipairs(parts) do
+    local turn, cost = now, cost_of(part.tenant)
+    local function line_up(missed)
+      for _, id in ipairs(missed) do
+        ids[#ids + 1], when[#when + 1], of[#of + 1] = id, turn, part.tenant
+        turn = turn + cost
+      end
+    end
+    line_up(part.head)
+    turn = math.max(turn, next_turn(turns, part.tenant, now))
+    line_up(part.tail)
+    if #part.head + #part.tail > 0 then set_next(turns, part.tenant, turn) end
+  end
+  if lacking > 1 then
+    local sorted_ids, sorted_when, sorted_of = {}, {}, {}
+    for i = 1, #ids do order[i] = i end
+    table.sort(order, function(a, b)
+      if when[a] ~= when[b] then return when[a] < when[b] end
+      return a < b
+    end)
+    for i, from in ipairs(order) do
+      sorted_ids[i], sorted_when[i], sorted_of[i] = ids[from], when[from], of[from]
+    end
+    ids, when, of = sorted_ids, sorted_when, sorted_of
+  end
+  added, unfit = let_in(list, backlog, turns, lane, ids, when, of, window, now_iso)
+end
+if added > 0 then ring(bell, added, strokes) end
+for _, part in ipairs(parts) do
+  local known = tonumber(redis.call('HGET', backlog, 'outside:' .. part.tenant))
+  if not part.complete or unfit[part.tenant] then
+    if not known then mark_outside(backlog, part.tenant, redis.call('HGET', backlog, 'refusals') or 0) end
+  elseif known and known <= seen then
+    redis.call('HDEL', backlog, 'outside:' .. part.tenant)
+  end
 end
 return added

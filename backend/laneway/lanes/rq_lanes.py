@@ -14,7 +14,7 @@ from __future__ import annotations
 import base64
 import math
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,9 +32,12 @@ from laneway.lanes.backend import (
     BELL_STROKES,
     LONGEST_WAIT_SECONDS,
     Backlog,
+    Due,
     EndedRun,
+    Lack,
     LanesUnavailable,
     by_lane,
+    by_tenant,
 )
 from laneway.log import get_logger
 
@@ -44,6 +47,7 @@ BREAK_SECONDS = 1.0
 PROBE_SECONDS = 0.25
 SHORTEST_WAIT_SECONDS = 0.01  # BLPOP takes 0 for "for ever", and Redis 6.2 even takes 0.001 for 0
 REMOVED_TTL = 500
+WEIGHTS_KEY = "laneway:weights"
 REMOVE_PART = 500  # LREM walks the list: about 0.1 ms each in a full lane
 
 _RQ_STATUS = {
@@ -67,8 +71,13 @@ def queue_key(lane: str) -> str:
 
 
 def backlog_key(lane: str) -> str:
-    """The hash that says whether rows wait outside the lane."""
+    """The hash that says whose rows wait outside the lane."""
     return f"laneway:backlog:{lane}"
+
+
+def turns_key(lane: str) -> str:
+    """The hash of the turns that tenants' next ids get."""
+    return f"laneway:turns:{lane}"
 
 
 def bell_key(queue: str) -> str:
@@ -109,25 +118,33 @@ class RqLanes:
         self._redis = connect(redis_url, COMMAND_SECONDS)
         self._bells = connect(redis_url, LONGEST_WAIT_SECONDS + COMMAND_SECONDS)
         self._probe = connect(redis_url, PROBE_SECONDS)
-        self._push = self._script("push")
+        self._push = self._script("turns", "push")
+        self._push_first = self._script("turns", "first")
         self._take = self._script("take")
-        self._refill = self._script("refill")
+        self._refill = self._script("turns", "refill")
+        self._removed = self._script("turns", "remove")
         self._purge = self._script("purge")
         self._running = self._script("running")
         self._ended = self._script("ended")
         self._breaker = Breaker(clock.monotonic, seconds=BREAK_SECONDS)
         self._policy_checked = False
 
-    def push(self, items: Sequence[tuple[str, str]]) -> int:
+    def push(self, items: Sequence[Due]) -> int:
+        return self._put(self._push, items)
+
+    def push_first(self, items: Sequence[Due]) -> int:
+        return self._put(self._push_first, items)
+
+    def _put(self, script: Script, items: Sequence[Due]) -> int:
         if not items:
             return 0
         keys: list[str] = []
         args: list[Any] = [self.window, self._iso_now(), BELL_STROKES]
-        for lane, job_ids in by_lane(items).items():
+        for (lane, tenant_id), job_ids in by_tenant(items).items():
             keys += _lane_keys(lane)
-            args += [lane, len(job_ids), *job_ids]
+            args += [lane, tenant_id, len(job_ids), *job_ids]
         with self._reaching():
-            return int(self._push(keys=keys, args=args))
+            return int(script(keys=keys, args=args))
 
     def take(self, lanes: Sequence[str], count: int, *, worker_name: str) -> list[str]:
         if count <= 0 or not lanes:
@@ -142,11 +159,15 @@ class RqLanes:
         removed = 0
         with self._reaching():
             for start in range(0, len(job_ids), REMOVE_PART):
+                part = job_ids[start : start + REMOVE_PART]
                 pipeline = self._redis.pipeline(transaction=False)
-                for job_id in job_ids[start : start + REMOVE_PART]:
+                for job_id in part:
                     pipeline.lrem(queue_key(lane), 0, job_id)
                     pipeline.expire(f"rq:job:{job_id}", REMOVED_TTL)
-                removed += sum(pipeline.execute()[::2])
+                counts = pipeline.execute()[::2]
+                removed += sum(counts)
+                if gone := [job_id for job_id, count in zip(part, counts, strict=True) if count]:
+                    self._removed(keys=[turns_key(lane)], args=gone)
         return removed
 
     def purge(self, lane: str) -> int:
@@ -166,22 +187,26 @@ class RqLanes:
 
     def backlog(self, lane: str) -> Backlog:
         with self._reaching():
-            waiting, refusals = self._redis.hmget(backlog_key(lane), "waiting", "refusals")
-        return Backlog(waiting == "1", int(refusals or 0))
+            fields = cast(dict[str, str], self._redis.hgetall(backlog_key(lane)))
+        marked = (name.partition(":") for name in fields)
+        outside = frozenset(tenant for kind, _, tenant in marked if kind == "outside")
+        return Backlog(int(fields.get("refusals", 0)), outside)
 
-    def refill(
-        self,
-        lane: str,
-        missing_head: Sequence[str],
-        missing_tail: Sequence[str],
-        *,
-        complete: bool,
-        refusals_seen: int,
-    ) -> int:
-        args: list[Any] = [self.window, self._iso_now(), BELL_STROKES, lane, int(complete), refusals_seen]
-        args += [len(missing_head), *missing_head, *missing_tail]
+    def refill(self, lane: str, lacks: Sequence[Lack], *, refusals_seen: int) -> int:
+        args: list[Any] = [self.window, self._iso_now(), BELL_STROKES, lane, refusals_seen]
+        for lack in lacks:
+            args += [lack.tenant_id, int(lack.complete), len(lack.head), len(lack.tail)]
+            args += [*lack.head, *lack.tail]
         with self._reaching():
             return int(self._refill(keys=_lane_keys(lane), args=args))
+
+    def weigh(self, weights: Mapping[str, int]) -> None:
+        with self._reaching():
+            pipeline = self._redis.pipeline()
+            pipeline.delete(WEIGHTS_KEY)
+            if weights:
+                pipeline.hset(WEIGHTS_KEY, items=[each for pair in weights.items() for each in pair])
+            pipeline.execute()
 
     def workers(self) -> list[str]:
         with self._reaching():
@@ -231,10 +256,10 @@ class RqLanes:
         self._bells.close()
         self._probe.close()
 
-    def _script(self, name: str) -> Script:
+    def _script(self, *names: str) -> Script:
         here = Path(__file__).parent
         return self._redis.register_script(
-            (here / "job.lua").read_text() + (here / f"{name}.lua").read_text()
+            "".join((here / f"{name}.lua").read_text() for name in ("job", *names))
         )
 
     def _iso_now(self) -> str:
@@ -274,7 +299,7 @@ class RqLanes:
 
 
 def _lane_keys(lane: str) -> list[str]:
-    return [queue_key(lane), backlog_key(lane), bell_key(queue_of(lane))]
+    return [queue_key(lane), backlog_key(lane), bell_key(queue_of(lane)), turns_key(lane)]
 
 
 def _iso(moment: datetime) -> str:

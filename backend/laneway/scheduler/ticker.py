@@ -11,19 +11,20 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
+from random import Random
 
 import sqlalchemy as sa
 
 from laneway.clock import Clock
 from laneway.db import Database
-from laneway.engine import flow_upkeep, recoveries, slots, upkeep
+from laneway.engine import concurrency, flow_upkeep, http_jobs, recoveries, slots, upkeep
 from laneway.engine.admission import Admission
 from laneway.engine.failure_rates import FailureRates
 from laneway.engine.reaper import Reaper
 from laneway.engine.retention import Retention, prune
 from laneway.engine.schedule_ends import fold_ends
 from laneway.engine.slots import Fired
-from laneway.lanes.backend import LaneBackend, LanesUnavailable
+from laneway.lanes.backend import Due, LaneBackend, LanesUnavailable
 from laneway.lanes.live import SCHEDULER_CHANNEL, News, Silence, listen
 from laneway.log import get_logger
 from laneway.sdk.declared import Declared
@@ -32,6 +33,7 @@ from laneway.settings import Settings
 PRUNE_SECONDS = 0.25  # of one round: a due job waits no longer for the deletion of old ones
 PRUNE_REST_SECONDS = 60.0
 WATCH_SECONDS = 15.0
+SLOTS_SECONDS = 3.0  # what was woken needs time to be claimed
 RECOVER_SECONDS = 0.25  # of one round, likewise
 BREATH_SECONDS = 0.01  # between two looks at what is due: what falls due meanwhile goes together
 
@@ -58,13 +60,15 @@ class Ticker:
         self._clock = clock
         self._news = news or Silence()
         self._room = Admission(database, settings, clock)
+        self._rng = Random()  # noqa: S311 - jitter
         self._failure: Exception | None = None
         self._reaper = Reaper(
             database, clock, lease_seconds=settings.lease_seconds, crash_limit=settings.crash_limit
         )
         self._retention = Retention.from_settings(settings)
         self._failure_rates = FailureRates(database)
-        self._watch_at = self._prune_at = clock.monotonic()
+        self._watch_at = self._prune_at = self._slots_at = clock.monotonic()
+        self._slots = concurrency.Place()
 
     def run(self, stopping: threading.Event) -> None:
         """Work until `stopping` is set. Raises what nobody expected."""
@@ -111,7 +115,9 @@ class Ticker:
                 self._sweep("schedule_ends", self._fold_ends),
                 self._sweep("expire", lambda: upkeep.expire(self._database, now=self._clock.now())),
                 self._sweep("reap", lambda: self._ring(self._reaper.sweep())),
+                self._sweep("targets", self._end_overdue),
                 self._sweep("flow", self._flow),
+                self._sweep("slots", self._wake_waiting),
                 self._sweep("reconcile", self._reconcile),
                 self._sweep("recoveries", self._recover),
                 self._sweep("prune", self._prune),
@@ -151,9 +157,30 @@ class Ticker:
         window = self._settings.lane_window
         return upkeep.reconcile(self._database, self._lanes, window=window, now=self._clock.now())
 
+    def _end_overdue(self) -> int:
+        """HTTP jobs whose target had no more time to report."""
+        done = http_jobs.end_overdue(
+            self._database,
+            now=self._clock.now(),
+            cancel_grace_seconds=self._settings.cancel_grace_seconds,
+            crash_limit=self._settings.crash_limit,
+            rng=self._rng,
+        )
+        self._news.changed(done.ids)
+        self._tell(Fired(len(done.ids), rung=list(done.due), told=done.told))
+        return len(done.ids)
+
     def _flow(self) -> int:
         """Jobs that may start, of what ends had left over; see engine/flow_upkeep.py."""
         return self._ring(flow_upkeep.sweep(self._database, now=self._clock.now()))
+
+    def _wake_waiting(self) -> int:
+        """Jobs woken whose slots are free; see engine/concurrency.py."""
+        if self._clock.monotonic() < self._slots_at:
+            return 0
+        self._slots_at = self._clock.monotonic() + SLOTS_SECONDS
+        woken, self._slots = concurrency.sweep(self._database, now=self._clock.now(), after=self._slots)
+        return self._lanes.push_first(woken)
 
     def _recover(self) -> int:
         """Deliveries queued. Batches follow each other for RECOVER_SECONDS."""
@@ -185,7 +212,7 @@ class Ticker:
         self._watch_at = self._clock.monotonic() + WATCH_SECONDS
         return self._failure_rates.watch(now=self._clock.now())
 
-    def _ring(self, items: Sequence[tuple[str, str]]) -> int:
+    def _ring(self, items: Sequence[Due]) -> int:
         return self._lanes.push(items) if items else 0
 
     def _sweep(self, name: str, sweep: Callable[[], int]) -> bool:

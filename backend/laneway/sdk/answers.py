@@ -76,6 +76,9 @@ class Job:
     scheduled_job_id: str | None = None
     parent_job_id: str | None = None
     depends_on: tuple[str, ...] | None = None
+    concurrency_key: str | None = None
+    concurrency_limit: int | None = None
+    position: int | None = None
 
     @property
     def ended(self) -> bool:

@@ -21,7 +21,7 @@ from laneway.domain.retry import RetryPolicy
 from laneway.domain.spec import DEFAULT_QUEUE, Priority
 from laneway.engine import registry as registration
 from laneway.engine.context import JobContext, running_job
-from laneway.engine.registry import INJECTED, DeclaredSchedule, JobType, default_name
+from laneway.engine.registry import INJECTED, DeclaredSchedule, Isolation, JobType, default_name
 from laneway.errors import PermanentError, Retry, Snooze
 from laneway.log import get_logger
 
@@ -91,7 +91,10 @@ def background_job(
     timeout_seconds: int | None = None,
     track_progress: bool = True,
     unique_key: str | None = None,
+    concurrency_key: str | None = None,
+    concurrency_limit: int | None = None,
     tags: Sequence[str] = (),
+    isolation: str = "child",
 ) -> JobDecorator:
     """Register a plain or `async` function as a job type.
 
@@ -101,8 +104,9 @@ def background_job(
 
     `name` is what requests say (default: `module.function`, lower case) and what rows keep, so it should
     not change. With `retry_on` only these exceptions are tried again; `no_retry_on` never are, and wins.
-    `unique_key` may name parameters in braces: `invoice-{number}`. The rest are defaults for jobs that do
-    not say otherwise.
+    `unique_key` and `concurrency_key` may name parameters in braces: `invoice-{number}`. With `isolation`
+    "fork" a worker starts a process for each job, which ends with it: what the function leaks, changes or
+    loads is gone. The rest are defaults for jobs that do not say otherwise.
     """
 
     def register(function: Callable[..., Any]) -> Any:
@@ -120,7 +124,10 @@ def background_job(
             no_retry_on=no_retry_on,
             track_progress=track_progress,
             unique_key=unique_key,
+            concurrency_key=concurrency_key,
+            concurrency_limit=concurrency_limit,
             tags=tuple(tags),
+            isolation=Isolation(isolation),
         )
         registration.registry.add(job_type)
         return _callable(job_type)

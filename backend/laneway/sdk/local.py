@@ -38,6 +38,7 @@ from laneway.engine.registry import JobType, load
 from laneway.engine.schedules import NewSchedule, ScheduleFilter, Schedules
 from laneway.engine.service import JobService, Prepared
 from laneway.errors import FieldError, LanewayError, NotFound, StorageUnavailable, Unprocessable
+from laneway.lanes.backend import Due
 from laneway.lanes.live import RedisNews
 from laneway.lanes.rq_lanes import RqLanes
 from laneway.log import get_logger
@@ -259,7 +260,7 @@ class JoinedJob:
     def ring(self) -> None:
         row = self._prepared.row
         if row.queued_at is not None and row.id == self.job_id:
-            self._service.ring([(row.lane, row.id)])
+            self._service.ring([Due(row.lane, row.id, row.tenant_id)])
 
 
 class HeldJob:
@@ -353,6 +354,7 @@ class HeldJob:
 def follow_up(service: JobService, done: Exchanged) -> None:
     """After the commit: ring what may start since, and tell who listens."""
     service.ring([item for settled in done.settled for item in settled.due])
+    service.ring(done.next, first=True)
     service.news.changed([settled.job.job_id for settled in done.settled])
     if any(settled.webhook for settled in done.settled):
         service.news.ring_courier()

@@ -28,7 +28,7 @@ from laneway import models
 from laneway.clock import Clock, new_id
 from laneway.db import Database
 from laneway.domain.spec import lanes_of, queue_of
-from laneway.engine import flow_upkeep, leases, slots, upkeep
+from laneway.engine import concurrency, flow_upkeep, leases, slots, upkeep
 from laneway.engine.access.callers import DEFAULT_TENANT, ensure_tenant
 from laneway.engine.admission import Admission
 from laneway.engine.context import Progress
@@ -38,11 +38,13 @@ from laneway.engine.pauses import open_lanes, paused_names
 from laneway.engine.queries import lanes_with_work, view
 from laneway.engine.registry import load
 from laneway.engine.running import Runner
-from laneway.engine.service import JobService
-from laneway.errors import JobTimeout
+from laneway.engine.service import JobService, Prepared
+from laneway.errors import JobTimeout, Unprocessable
+from laneway.lanes.backend import Due
 from laneway.lanes.memory_lanes import MemoryLanes
+from laneway.lanes.turns import FairPicks
 from laneway.log import get_logger
-from laneway.sdk.backend import Answer
+from laneway.sdk.backend import Answer, Request
 from laneway.sdk.declared import Declared
 from laneway.sdk.local import SAVE_SECONDS, LocalBackend, follow_up, save_progress
 from laneway.settings import Settings
@@ -82,6 +84,7 @@ class MemoryBackend(LocalBackend):
         worker_id = new_id()
         leases.register(database, worker_id=worker_id, name="memory", lanes=[])
         self._worker_id = worker_id
+        self._picks: dict[str, FairPicks] = {}
         self._threads: list[threading.Thread] = []
         self._stopping = False
 
@@ -114,6 +117,11 @@ class MemoryBackend(LocalBackend):
     def keep_declared(self) -> None:
         """Make the schedules that `@scheduled_job` declared, as a scheduler does when it starts."""
         Declared(self.service).keep()
+
+    def _prepare(self, request: Request) -> Prepared:
+        if request.get("target") is not None:
+            raise Unprocessable("the memory backend calls no URLs: HTTP jobs need a running Laneway")
+        return super()._prepare(request)
 
     def wait(self, job_id: str, *, timeout_seconds: float) -> Answer:
         if not self._threads:
@@ -184,7 +192,7 @@ class MemoryBackend(LocalBackend):
                 waiting = {queue_of(lane) for lane in lanes_with_work(connection)}
                 lanes = open_lanes(lanes_of(tuple(sorted(waiting))), paused)
                 ids = self._lanes.take(lanes, 1, worker_name="memory") or leases.find_queued(
-                    connection, lanes, self.service.registry.names, limit=1, before=now
+                    connection, lanes, self.service.registry.names, limit=1, before=now, picks=self._picks
                 )
             if not ids:
                 return None
@@ -202,6 +210,7 @@ class MemoryBackend(LocalBackend):
         due += slots.fire(database, self._room, now=now).rung
         due += slots.start_waiting(database, self._room, now=now).rung
         due += flow_upkeep.sweep(database, now=now)
+        due += concurrency.sweep(database, now=now)[0]
         self.service.ring(due)
         return bool(due)
 
@@ -233,8 +242,13 @@ class _RingingLanes(MemoryLanes):
         super().__init__()
         self.bell = threading.Event()
 
-    def push(self, items: Sequence[tuple[str, str]]) -> int:
+    def push(self, items: Sequence[Due]) -> int:
         taken = super().push(items)
+        self.bell.set()
+        return taken
+
+    def push_first(self, items: Sequence[Due]) -> int:
+        taken = super().push_first(items)
         self.bell.set()
         return taken
 

@@ -30,6 +30,17 @@ from laneway.sdk.calls import Call, Json, Listing, as_value, at, nothing, plain,
 # Jobs
 
 
+class Target(TypedDict, total=False):
+    """A URL to be called in place of a handler; only `url` is needed."""
+
+    url: str
+    method: Literal["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"]
+    headers: Mapping[str, str]
+    body: Any
+    success: Sequence[int | str]
+    timeout_seconds: float
+
+
 class JobOptions(TypedDict, total=False):
     """What a job may be asked for besides its type and parameters."""
 
@@ -52,24 +63,34 @@ class JobOptions(TypedDict, total=False):
     on_dependency_failure: Literal["cancel", "run"]
     unique_key: str
     on_conflict: Literal["return_existing", "reject"]
+    debounce_seconds: int
+    concurrency_key: str
+    concurrency_limit: int
     webhook_url: str
     webhook_events: Sequence[str]
 
 
 def enqueue(
-    job_type: str,
+    job_type: str | None = None,
     parameters: Mapping[str, Any] | None = None,
     *,
+    target: Target | None = None,
     wait_seconds: int = 0,
     idempotency_key: str | None = None,
     **options: Unpack[JobOptions],
 ) -> Call[Job]:
-    """Queue a job. What is returned is committed and will end.
+    """Queue a job of a type, or one that calls the URL of a `target`.
 
-    With `wait_seconds` (at most 30) the job may have ended already. Sent with a new `Idempotency-Key`
-    unless one is given, so that a retry makes no second job.
+    What is returned is committed and will end. With `wait_seconds` (at most 30) it may have ended already.
+    Sent with a new `Idempotency-Key` unless one is given, so that a retry makes no second job.
     """
-    body = {"job_type": job_type, "parameters": dict(parameters or {}), **options}
+    if target is not None and job_type is None and parameters is None:
+        what: dict[str, Any] = {"target": dict(target)}
+    elif target is None and job_type is not None:
+        what = {"job_type": job_type, "parameters": dict(parameters or {})}
+    else:
+        raise TypeError("enqueue() takes a job type and its parameters, or a target")
+    body = {**what, **options}
     wait = {"Prefer": f"wait={wait_seconds}"} if wait_seconds else {}
     return work("/jobs", as_value(Job), body, idempotency_key, headers=wait)
 

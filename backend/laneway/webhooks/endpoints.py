@@ -6,7 +6,6 @@ Nothing here gives a secret back, except the new one to whoever makes it: at res
 from __future__ import annotations
 
 import json
-import re
 import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from pydantic.json_schema import SkipJsonSchema
 from laneway.clock import new_id
 from laneway.db import Database
 from laneway.domain.events import DEFAULT_WEBHOOK_EVENTS, SystemEvent, known_pattern
+from laneway.domain.headers import HOP_HEADERS, MAX_HEADERS, check_headers
 from laneway.domain.spec import DEFAULT_QUEUE
 from laneway.errors import Conflict, EndpointNotFound, FieldError, WebhookUrlRefused
 from laneway.models import tenants, webhook_deliveries
@@ -41,35 +41,12 @@ from laneway.webhooks.secrets import (
 )
 
 MAX_ENDPOINTS = 100  # of a tenant
-MAX_HEADERS = 20
-MAX_HEADER_VALUE = 1000
 MAX_EVENT_TYPES = 50
 MAX_FILTER_VALUES = 50  # of each kind
 MAX_RETRIES = 20
 MAX_PAUSE_SECONDS = 86_400
 MAX_IN_FLIGHT = 64
-_HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,100}")
-_HEADER_VALUE = re.compile(r"[\x21-\x7e]([\x20-\x7e]*[\x21-\x7e])?")
-_RESERVED_HEADERS = frozenset(
-    {
-        "accept-encoding",
-        "connection",
-        "content-encoding",
-        "content-length",
-        "content-type",
-        "cookie",
-        "expect",
-        "host",
-        "keep-alive",
-        "proxy-authorization",
-        "proxy-connection",
-        "te",
-        "trailer",
-        "transfer-encoding",
-        "upgrade",
-        "user-agent",
-    }
-)
+_RESERVED_HEADERS = HOP_HEADERS | {"content-type", "cookie", "user-agent"}
 SCHEDULES: dict[str, tuple[float, ...]] = {"quick": QUICK_SECONDS, "standard": STANDARD_SECONDS}
 
 
@@ -80,16 +57,7 @@ def _pattern(value: str) -> str:
 
 
 def _headers(value: dict[str, str]) -> dict[str, str]:
-    for name, content in value.items():
-        lower = name.lower()
-        if not _HEADER_NAME.fullmatch(name):
-            raise ValueError(f"{name!r} is no header name")
-        if lower in _RESERVED_HEADERS or lower.startswith("webhook-"):
-            raise ValueError(f"{name!r} is set by Laneway itself")
-        if len(content) > MAX_HEADER_VALUE or not _HEADER_VALUE.fullmatch(content):
-            raise ValueError(f"{name!r} needs 1 to {MAX_HEADER_VALUE} visible ASCII characters")
-    if len({name.lower() for name in value}) != len(value):
-        raise ValueError("a header is there twice")
+    check_headers(value, reserved=_RESERVED_HEADERS, prefixes=("webhook-",))
     return value
 
 

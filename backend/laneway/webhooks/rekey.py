@@ -14,9 +14,10 @@ from typing import Any
 import sqlalchemy as sa
 
 from laneway.db import Database
-from laneway.models import tenants, webhook_endpoints
+from laneway.domain.http_target import HTTP_REQUEST
+from laneway.models import jobs, tenants, webhook_endpoints
 from laneway.webhooks.papers import endpoint_context, signing_key_context
-from laneway.webhooks.secrets import SecretBox, tenant_context
+from laneway.webhooks.secrets import SecretBox, target_headers_context, tenant_context
 
 BATCH = 100
 
@@ -28,18 +29,22 @@ class Rekeyed:
     tenants: int
     endpoints: int
     unreadable: tuple[str, ...]
+    jobs: int = 0  # HTTP jobs, for the headers of their targets
 
 
 def rekey(database: Database, box: SecretBox, *, now: datetime) -> Rekeyed:
     """Seal every secret, signing key, header and certificate with the box's first key."""
     of_tenants, left = _rekey(database, box, tenants, now=now)
     of_endpoints, left_too = _rekey(database, box, webhook_endpoints, now=now)
-    return Rekeyed(of_tenants, of_endpoints, tuple(left + left_too))
+    of_jobs, left_last = _rekey(database, box, jobs, jobs.c.job_type == HTTP_REQUEST, now=now)
+    return Rekeyed(of_tenants, of_endpoints, (*left, *left_too, *left_last), of_jobs)
 
 
-def _rekey(database: Database, box: SecretBox, table: sa.Table, *, now: datetime) -> tuple[int, list[str]]:
+def _rekey(
+    database: Database, box: SecretBox, table: sa.Table, *which: sa.ColumnElement[bool], now: datetime
+) -> tuple[int, list[str]]:
     changed, unreadable, after = 0, list[str](), None
-    query = sa.select(table).order_by(table.c.id).limit(BATCH).with_for_update()
+    query = sa.select(table).where(*which).order_by(table.c.id).limit(BATCH).with_for_update()
     while True:
         with database.write() as connection:
             batch = query if after is None else query.where(table.c.id > after)
@@ -61,6 +66,14 @@ def _rekey(database: Database, box: SecretBox, table: sa.Table, *, now: datetime
 
 def _resealed(box: SecretBox, table: sa.Table, row: Mapping[Any, Any]) -> dict[str, Any]:
     """The columns that change. Raises ValueError when one of the row's texts does not open."""
+    if table is jobs:
+        private = row["parameters"].get("private", {})
+        if "headers" not in private:
+            return {}
+        sealed = box.reseal(private["headers"], target_headers_context(row["tenant_id"]))
+        if sealed == private["headers"]:
+            return {}
+        return {"parameters": row["parameters"] | {"private": private | {"headers": sealed}}}
     if table is tenants:
         contexts = {
             "webhook_secret": tenant_context(row["id"]),

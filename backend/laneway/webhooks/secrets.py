@@ -102,6 +102,11 @@ def tenant_context(tenant_id: str) -> str:
     return f"tenants/{tenant_id}/webhook_secret"
 
 
+def target_headers_context(tenant_id: str) -> str:
+    """The context under which the headers of a tenant's HTTP jobs are sealed, in `jobs.parameters`."""
+    return f"tenants/{tenant_id}/http_jobs"
+
+
 def new_webhook_secret() -> str:
     """A fresh signing secret: `whsec_` and 32 random bytes in base64 (Standard Webhooks 1.0.0)."""
     return SECRET_PREFIX + _base64(secrets.token_bytes(32))

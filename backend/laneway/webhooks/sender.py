@@ -126,7 +126,7 @@ class Sender:
                 attempt.answered(response)
                 await attempt.read_start(response)
         except Exception as error:  # whatever a hostile receiver provokes in the stack is a failed attempt
-            attempt.failure = _explain(error)
+            attempt.failure = explain(error)
         return attempt.answer()
 
 
@@ -247,7 +247,7 @@ def _explain_status(status: int) -> tuple[ErrorClass, str] | None:
             return ErrorClass.PROTOCOL, f"answered {status}, which ends no request"
 
 
-def _explain(error: Exception) -> tuple[ErrorClass, str]:
+def explain(error: Exception) -> tuple[ErrorClass, str]:
     """The class, and a sentence that tells no address: the URL's owner may not know our network."""
     cause = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else None
     match error:

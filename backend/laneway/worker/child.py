@@ -28,7 +28,7 @@ from dataclasses import astuple
 from typing import Any
 
 from laneway.engine.context import Progress
-from laneway.engine.endings import Ending, Raised
+from laneway.engine.endings import Ending, HandedOver, Raised
 from laneway.engine.registry import Registry
 from laneway.engine.running import Runner
 from laneway.worker.alarm import Alarm
@@ -78,7 +78,7 @@ class Child:
         self._begun.up()
         started = time.perf_counter()
         job_type = self._registry.get(name)
-        ending: Ending
+        ending: Ending | HandedOver
         if job_type is None:
             ending = Raised("UnknownJobType", f"this worker does not know {name!r}")
         else:

@@ -21,7 +21,7 @@ from laneway.worker.nursery import MAX_MESSAGE
 from laneway.worker.wire import MAX_FROM_CHILD, Frames, pack
 
 START_SECONDS = 60.0
-STOP_SECONDS = 2.0
+STOP_SECONDS = 2.0  # for a process that was told to leave; then it is killed
 SEND_SECONDS = 2.0  # an idle child that does not read for so long will never do
 
 
@@ -38,7 +38,7 @@ class Doom(Enum):
     LOST = auto()  # the lease
     STUCK = auto()
     BABBLE = auto()  # it sent what is no message
-    RECYCLED = auto()
+    LET_GO = auto()  # it was asked to leave: it is worn out, or was for one job
 
 
 @dataclass(eq=False)
@@ -55,8 +55,10 @@ class ChildProcess:
     doom: Doom | None = None
     doomed_job: str = ""  # the job that ran when it was killed
     cancel_at: float | None = None  # monotonic: when the grace of a cancel is over
+    leave_at: float | None = None  # monotonic: when it must have gone, once it was let go
     progress: Progress | None = None  # the last that was heard of the job that runs
     born_with_mib: int | None = None  # private memory; None where that is not watched
+    for_one_job: bool = False
 
     @property
     def idle(self) -> bool:
@@ -107,9 +109,10 @@ class ChildProcess:
             except ProcessLookupError:
                 continue  # not its own group's leader yet, or gone
 
-    def let_go(self) -> None:
+    def let_go(self, *, now: float) -> None:
         """Close the socket: an idle child leaves."""
-        self.doom = self.doom or Doom.RECYCLED
+        self.doom = self.doom or Doom.LET_GO
+        self.leave_at = now + STOP_SECONDS
         self.stream.close()
 
 
@@ -131,8 +134,11 @@ class Nursery:
         theirs.close()
         self.control = ours
 
-    def wait_until_ready(self) -> tuple[str, ...]:
-        """The job types it loaded. Raises NurseryFailed with the traceback of a broken task module."""
+    def wait_until_ready(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The job types it loaded, and those of them whose jobs get a process each.
+
+        Raises NurseryFailed with the traceback of a broken task module.
+        """
         ready, _, _ = select.select([self.control], [], [], START_SECONDS)
         reason = "it did not start"
         try:
@@ -141,7 +147,7 @@ class Nursery:
             message, reason = None, str(error)
         if message and "ready" in message:
             self.control.setblocking(False)
-            return tuple(message["ready"])
+            return tuple(message["ready"]), tuple(message["forked"])
         self.stop()
         if message:
             reason = message["failed"]

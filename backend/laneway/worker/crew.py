@@ -1,4 +1,8 @@
-"""The pool's children as one: as many as wanted, heard, dealt to, stopped in time, and buried."""
+"""The pool's children as one: as many as wanted, heard, dealt to, stopped in time, and buried.
+
+A job of a forked type runs in a child more, forked for it and let go after it. As long as it lives, and from
+when it was asked for, one of the others gets no work: never more jobs run at once than children are wanted.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +10,14 @@ import math
 import os
 import selectors
 import signal
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Collection
 from typing import Any
 
 from laneway.clock import Clock
 from laneway.engine import endings
 from laneway.engine.context import Progress
-from laneway.engine.endings import Cancelled, Crashed, Death, Ending, TimedOut, Unfinished
+from laneway.engine.endings import Cancelled, Crashed, Death, Ending, HandedOver, TimedOut, Unfinished
 from laneway.engine.leases import Wish
 from laneway.engine.outcomes import Claimed
 from laneway.log import get_logger
@@ -24,8 +29,8 @@ from laneway.worker.memory import private_mib
 
 log = get_logger("worker")
 
-_ENDINGS: dict[str, Callable[..., Ending]] = {
-    name: getattr(endings, name) for name in ("Returned", "Raised", "TimedOut", "Cancelled")
+_ENDINGS: dict[str, Callable[..., Ending | HandedOver]] = {
+    name: getattr(endings, name) for name in ("Returned", "Raised", "TimedOut", "Cancelled", "HandedOver")
 }
 
 
@@ -42,6 +47,7 @@ class Crew:
         selector: selectors.BaseSelector,
         *,
         wanted: int,
+        forked: Collection[str],
         ledger: Ledger,
         dealer: Dealer,
         settings: Settings,
@@ -50,17 +56,25 @@ class Crew:
         self._nursery = nursery
         self._selector = selector
         self._wanted = wanted
+        self._forked = frozenset(forked)
         self._ledger = ledger
         self._dealer = dealer
         self._settings = settings
         self._clock = clock
         self._children: dict[int, ChildProcess] = {}
-        self._expected = 0
+        self._unforked: deque[Claimed] = deque()  # each waits for a child of its own
+        self._asked = 0  # children that the nursery was asked for, and is yet to tell of
         selector.register(nursery.control, selectors.EVENT_READ, self._hear_nursery)
 
     def idle(self) -> int:
         """How many children could start a round now."""
-        return sum(child.idle for child in self._children.values())
+        return len(self._free())
+
+    def _free(self) -> list[ChildProcess]:
+        children = self._children.values()
+        taken = len(self._unforked) + sum(bool(c.jobs) or c.for_one_job for c in children)
+        idle = [child for child in children if child.idle and not child.for_one_job]
+        return idle[: max(0, self._wanted - taken)]
 
     def releasing(self) -> bool:
         """Whether children that `release_all` killed are still to be buried."""
@@ -77,18 +91,30 @@ class Crew:
 
     def keep_up(self) -> None:
         """Ask for the children that are missing."""
-        while self._expected < self._wanted and self._nursery.ask_for_child():
-            self._expected += 1
+        while self._asked < self._missing() + len(self._unforked) and self._nursery.ask_for_child():
+            self._asked += 1
+
+    def _missing(self) -> int:
+        return self._wanted - sum(not child.for_one_job for child in self._children.values())
 
     def deal(self, now: float) -> None:
         """Give the jobs that wait to the children that are free."""
         while self._dealer.hand_back_at is not None:
-            idle = [child for child in self._children.values() if child.idle]
-            if not idle:
-                return
-            for child, jobs in zip(idle, self._dealer.deal(len(idle)), strict=True):
-                if jobs:
+            free = self._free()
+            if not free:
+                break
+            for child, jobs in zip(free, self._dealer.deal(len(free)), strict=True):
+                if jobs and jobs[0].job_type in self._forked:
+                    self._unforked.extend(jobs)
+                elif jobs:
                     child.send(jobs, now=now)
+        if self._unforked:
+            self.keep_up()
+
+    def put_back_unforked(self, now: float) -> None:
+        """Let the jobs wait whose children are not there yet."""
+        self._dealer.put_back(self._unforked, now=now)
+        self._unforked.clear()
 
     # Hearing
 
@@ -101,10 +127,18 @@ class Crew:
                 self._bury(child, message)
 
     def _welcome(self, child: ChildProcess) -> None:
+        now = self._clock.monotonic()
+        self._asked -= 1
+        child.for_one_job = bool(self._unforked) or self._missing() <= 0
         self._children[child.pid] = child
+        if child.for_one_job and not self._unforked:
+            child.let_go(now=now)  # its job is not here any more
+            return
         if self._settings.child_memory_mib:
             child.born_with_mib = private_mib(child.pid)
         self._selector.register(child.stream, selectors.EVENT_READ, lambda: self._hear(child))
+        if child.for_one_job:
+            child.send([self._unforked.popleft()], now=now)
 
     def _hear(self, child: ChildProcess) -> None:
         if self._children.get(child.pid) is not child:
@@ -112,9 +146,9 @@ class Crew:
         self._listen_to(child)
         if child.frames.ended:
             self._selector.unregister(child.stream)
-        elif child.idle and self._worn_out(child):
+        elif child.idle and (child.for_one_job or self._worn_out(child)):
             self._selector.unregister(child.stream)
-            child.let_go()
+            child.let_go(now=self._clock.monotonic())
 
     def _worn_out(self, child: ChildProcess) -> bool:
         """Whether the next job should find a new child: one short of memory would fail the innocent."""
@@ -155,10 +189,9 @@ class Crew:
         One that was killed between two jobs, by whomever, leaves nobody to blame.
         """
         status = report["status"]
-        if child.doom is not Doom.RECYCLED:
+        if child.doom is not Doom.LET_GO:
             self._hear_out(child)
         del self._children[child.pid]
-        self._expected -= 1
         left = list(child.jobs.values())
         between = child.doom is None and os.WIFSIGNALED(status) and report["begun"] == child.ended
         current = left.pop(0) if left and not between else None
@@ -184,10 +217,15 @@ class Crew:
     def enforce(self, now: float) -> float:
         """Kill children whose job outstayed its timeout or its cancel by more than the grace.
 
-        Returns when to look next, infinity when no job runs.
+        Those that were let go and stay are killed too. Returns when to look next, infinity when at nothing.
         """
         soonest = math.inf
         for child in self._children.values():
+            if child.leave_at is not None:
+                if now >= child.leave_at:
+                    child.kill(Doom.LET_GO)
+                else:
+                    soonest = min(soonest, child.leave_at)
             job = child.current
             if job is None or child.doom is not None:
                 continue
@@ -209,7 +247,7 @@ class Crew:
         job = self._ledger.held(wish.lease_token)
         if job is None:
             return
-        if self._dealer.withdraw(job):
+        if self._dealer.withdraw(job) or self._withdraw_unforked(job):
             self._ledger.end(job, Cancelled())
             return
         child = next((child for child in self._children.values() if child.current is job), None)
@@ -222,6 +260,12 @@ class Crew:
             child.ask_to_stop(job.job_id)
         child.cancel_at = min(kill_at, child.cancel_at or kill_at)
 
+    def _withdraw_unforked(self, job: Claimed) -> bool:
+        if job not in self._unforked:
+            return False
+        self._unforked.remove(job)
+        return True
+
     def release_all(self) -> None:
         """Kill what runs; the jobs are not charged."""
         for child in self._children.values():
@@ -230,6 +274,7 @@ class Crew:
 
     def abandon_all(self) -> None:
         """Kill what runs and hear no more of it: the jobs are somebody else's."""
+        self._unforked.clear()
         for child in self._children.values():
             if child.jobs:
                 child.kill(Doom.LOST)

@@ -3,13 +3,13 @@
 Short jobs travel many at a time, so that their cost is not that of the messages around them; but a job
 that was dealt to a child waits for those before it, whatever else turns up. So a round is as many jobs as
 take ROUND_SECONDS by what their types took lately, types that take long (or are new) go one at a time,
-and what no child is free for goes back to its lane.
+and what no child is free for goes back to its lane. A job that gets a process of its own goes alone.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from laneway.engine.outcomes import Claimed
 
@@ -20,9 +20,13 @@ HAND_BACK_SECONDS = 0.05
 
 
 class Dealer:
-    """The claimed jobs that wait for a child, and what is known of how long jobs take."""
+    """The claimed jobs that wait for a child, and what is known of how long jobs take.
 
-    def __init__(self) -> None:
+    Those of the types `alone` share no round.
+    """
+
+    def __init__(self, *, alone: Collection[str] = ()) -> None:
+        self._alone = frozenset(alone)
         self._ready: deque[Claimed] = deque()
         self._since = 0.0  # monotonic: since when the first of them waits
         self._pace: dict[str, float] = {}  # job type → smoothed seconds a run
@@ -35,6 +39,9 @@ class Dealer:
 
     def learn(self, job_type: str, seconds: float) -> None:
         """A job of that type took so long."""
+        if job_type in self._alone:  # it stays new, and no more are taken than processes can be started for
+            self._recent = LONG_SECONDS
+            return
         known = self._pace.get(job_type, seconds)
         self._pace[job_type] = 0.8 * known + 0.2 * seconds
         self._recent = 0.9 * self._recent + 0.1 * seconds if seconds < LONG_SECONDS else LONG_SECONDS

@@ -22,7 +22,7 @@ from laneway.clock import SystemClock, new_id
 from laneway.db import Database
 from laneway.engine import leases, progress
 from laneway.engine.context import Progress
-from laneway.engine.endings import Cancelled, Ending, Raised, Returned, TimedOut
+from laneway.engine.endings import Cancelled, Ending, HandedOver, Raised, Returned, TimedOut
 from laneway.engine.exchange import Holder, exchange
 from laneway.engine.leases import Wish
 from laneway.engine.outcomes import Claimed
@@ -127,7 +127,7 @@ class _Run:
         )
         return done.claimed[0] if done.claimed else None
 
-    def _settle(self, ending: Ending) -> None:
+    def _settle(self, ending: Ending | HandedOver) -> None:
         """Write how the job ended, once: the handler's thread and the watchdogs may race."""
         job = self._job
         if job is None or not self._settling.acquire(blocking=False):
@@ -185,9 +185,11 @@ class _Run:
         self._stir.set()
 
     def _kill(self, ending: Ending) -> None:
-        self._settle(ending)
-        leases.leave(self._database, worker_id=self._worker_id)
-        _end_process()
+        try:
+            self._settle(ending)
+            leases.leave(self._database, worker_id=self._worker_id)
+        finally:  # also while the database is away: then the reaper finds that its worker is silent
+            _end_process()
 
     # The handler's line
 

@@ -22,7 +22,7 @@ from rq.worker import BaseWorker
 from laneway.domain.states import JobStatus
 from laneway.engine.exchange import Settled
 from laneway.engine.outcomes import Claimed
-from laneway.lanes.backend import EndedRun, LaneBackend, LanesUnavailable, by_lane
+from laneway.lanes.backend import Due, EndedRun, Lack, LaneBackend, LanesUnavailable, by_tenant
 from laneway.lanes.rq_lanes import connect
 from laneway.log import get_logger
 
@@ -104,13 +104,24 @@ class RqFace(BaseWorker):
         runs = [EndedRun(s.job.lane, s.job.job_id, s.status, due_at=s.next_retry_at) for s in settled]
         try:
             self._lanes.mirror_ended(runs, worker_name=self.name)
-            self._give_back([(r.lane, r.job_id) for r in runs if r.status is JobStatus.QUEUED])
+            self._give_back(
+                [
+                    Due(s.job.lane, s.job.job_id, s.job.tenant_id)
+                    for s in settled
+                    if s.status is JobStatus.QUEUED
+                ]
+            )
         except LanesUnavailable:
             pass  # the reconciler repairs the lanes, expiry the mirror
 
-    def _give_back(self, released: Sequence[tuple[str, str]]) -> None:
-        for lane, job_ids in by_lane(sorted(released)).items():  # ids sort by age
+    def _give_back(self, released: Sequence[Due]) -> None:
+        lacks: dict[str, dict[str, list[str]]] = {}
+        for (lane, tenant_id), job_ids in by_tenant(sorted(released)).items():  # ids sort by age
+            lacks.setdefault(lane, {})[tenant_id] = job_ids
+        for lane, of_tenants in lacks.items():
             backlog = self._lanes.backlog(lane)
             self._lanes.refill(
-                lane, job_ids, [], complete=not backlog.waiting, refusals_seen=backlog.refusals
+                lane,
+                [Lack(t, ids, (), complete=t not in backlog.tenants) for t, ids in of_tenants.items()],
+                refusals_seen=backlog.refusals,
             )

@@ -15,10 +15,11 @@ from laneway.clock import Clock, new_id
 from laneway.db import Database
 from laneway.engine import leases, progress
 from laneway.engine.context import Progress
-from laneway.engine.endings import Ending, Raised
-from laneway.engine.exchange import Holder, Settled, exchange
+from laneway.engine.endings import Ending, HandedOver, Raised
+from laneway.engine.exchange import Exchanged, Holder, exchange
 from laneway.engine.outcomes import Claimed
 from laneway.errors import StorageUnavailable
+from laneway.lanes.turns import FairPicks
 from laneway.log import get_logger
 
 SAVE_PROGRESS_SECONDS = 1.0
@@ -35,9 +36,10 @@ class Ledger:
         self._clock = clock
         self._held: dict[str, Claimed] = {}  # by lease token
         self._claiming: list[str] = []
-        self._ended: list[tuple[Claimed, Ending]] = []
+        self._ended: list[tuple[Claimed, Ending | HandedOver]] = []
         self._progress: dict[str, tuple[Claimed, Progress]] = {}
         self._save_at = 0.0
+        self._picks: dict[str, FairPicks] = {}  # of lanes: the tenants' turns on the slow path
         self._untold: dict[str, tuple[Claimed, Progress]] = {}
         self._tell_at = 0.0
 
@@ -68,7 +70,7 @@ class Ledger:
     def held(self, lease_token: str) -> Claimed | None:
         return self._held.get(lease_token)
 
-    def end(self, job: Claimed, ending: Ending) -> None:
+    def end(self, job: Claimed, ending: Ending | HandedOver) -> None:
         """Say how an attempt ended: the next commit writes it."""
         self._ended.append((job, ending))
 
@@ -92,13 +94,18 @@ class Ledger:
         try:
             with self._database.read() as connection:
                 return leases.find_queued(
-                    connection, lanes, self._holder.job_types, limit=count, before=before
+                    connection,
+                    lanes,
+                    self._holder.job_types,
+                    limit=count,
+                    before=before,
+                    picks=self._picks,
                 )
         except (sa.exc.DBAPIError, sa.exc.TimeoutError):
             return None
 
-    def commit(self, ids: Sequence[str]) -> tuple[list[Claimed], list[Settled]]:
-        """Settle all endings and claim the ids: the jobs claimed, in order, and the endings that counted.
+    def commit(self, ids: Sequence[str]) -> Exchanged:
+        """Settle all endings and claim the ids.
 
         Raises StorageUnavailable when the database is away; the endings are kept for the next time.
         """
@@ -131,7 +138,7 @@ class Ledger:
             log.error("ending_refused", job_id=job.job_id, error=type(error).__name__)
             self._held[job.lease_token] = job
             self._ended.append((job, Raised("ResultRefused", str(error)[:500], permanent=True)))
-        return done.claimed, done.settled
+        return done
 
     def untold_progress(self, now: float) -> list[tuple[Claimed, Progress]]:
         """The newest progress of the jobs that have some nobody was told of, four times a second at most."""

@@ -11,7 +11,8 @@ of the children: a daemon, gone into a session of its own, becomes the nursery's
 and is killed then.
 
 Messages on the control socket (SOCK_SEQPACKET, JSON): to the nursery `"spawn"`; from it
-`{"ready": [job types]}`, `{"failed": text}`, `{"child": pid}` with the child's socket attached, and
+`{"ready": [job types], "forked": [those whose jobs get a process each]}`, `{"failed": text}`,
+`{"child": pid}` with the child's socket attached, and
 `{"exit": pid, "status": wait status, "begun": jobs it started, "peak_memory_mib": largest resident set}`.
 """
 
@@ -26,6 +27,7 @@ import signal
 import socket
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 from laneway.engine.registry import Registry, load
@@ -59,8 +61,8 @@ def _prctl(option: int, argument: int) -> None:
         ctypes.CDLL(None, use_errno=True).prctl(option, argument, 0, 0, 0)
 
 
-class Nursery:
-    """The loop of the nursery process."""
+class NurseryLoop:
+    """What the nursery process does, from when the task modules are loaded."""
 
     def __init__(self, control: socket.socket, registry: Registry, *, memory_mib: int) -> None:
         self._control = control
@@ -186,11 +188,14 @@ def main() -> None:
     except Exception:
         control.send(json.dumps({"failed": traceback.format_exc()[-8000:]}).encode())
         raise SystemExit(1) from None
+    for job_type in registry:
+        with suppress(Exception):  # a bad signature is told of by the jobs that it fails
+            _ = job_type.model  # made here once, and not in each child
     gc.collect()
     gc.freeze()  # what is loaded now stays shared between all children (copy on write)
     adopt_orphans()
-    control.send(json.dumps({"ready": registry.names}).encode())
-    Nursery(control, registry, memory_mib=int(sys.argv[3])).serve()
+    control.send(json.dumps({"ready": registry.names, "forked": registry.forked}).encode())
+    NurseryLoop(control, registry, memory_mib=int(sys.argv[3])).serve()
 
 
 if __name__ == "__main__":

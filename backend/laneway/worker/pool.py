@@ -32,7 +32,7 @@ from laneway.db import Database
 from laneway.domain.spec import lanes_of
 from laneway.engine import leases
 from laneway.engine.endings import Unfinished
-from laneway.engine.exchange import Holder, Settled
+from laneway.engine.exchange import Exchanged, Holder
 from laneway.engine.leases import Wish
 from laneway.engine.outcomes import Claimed
 from laneway.engine.pauses import open_lanes
@@ -73,7 +73,7 @@ class PoolWorker:
     ) -> None:
         # Before any thread and any connection
         self._nursery = Nursery(settings.tasks, child_memory_mib=settings.child_memory_mib)
-        self._job_types = self._nursery.wait_until_ready()
+        self._job_types, forked = self._nursery.wait_until_ready()
         self._settings = settings
         self._queues = tuple(queues)
         self._lane_names = lanes_of(self._queues)
@@ -92,11 +92,12 @@ class PoolWorker:
             end.setblocking(False)
         self._selector.register(self._wake_in, selectors.EVENT_READ, lambda: self._wake_in.recv(4096))
         self._ledger = Ledger(self._database, clock=self._clock)
-        self._dealer = Dealer()
+        self._dealer = Dealer(alone=forked)
         self._crew = Crew(
             self._nursery,
             self._selector,
             wanted=concurrency or settings.children,
+            forked=forked,
             ledger=self._ledger,
             dealer=self._dealer,
             settings=settings,
@@ -234,25 +235,25 @@ class PoolWorker:
         if not ids and not self._ledger.unsettled:
             return
         try:
-            claimed, settled = self._ledger.commit(ids)
+            done = self._ledger.commit(ids)
         except StorageUnavailable:
             self._pause_until = now + DATABASE_PAUSE_SECONDS
             self._cut_off = True
             return
-        if claimed or (ids and not searched):
+        if done.claimed or (ids and not searched):
             self._look_at = now  # there may be more
-        if claimed and searched:
+        if done.claimed and searched:
             self._own_look_at = now
         now = self._clock.monotonic()
-        suspects = {job.lease_token: job for job in claimed if job.suspect}
-        self._dealer.add([job for job in claimed if not job.suspect], now=now)
+        suspects = {job.lease_token: job for job in done.claimed if job.suspect}
+        self._dealer.add([job for job in done.claimed if not job.suspect], now=now)
         self._crew.deal(now)
         if suspects:  # should this worker die of one of them, the database must know which had begun
             self._suspects = suspects
             self._begun = [*self._crew.begun(), *suspects]
             self._beats.now()
-        if settled:
-            self._tell(settled)
+        if done.settled or done.next:
+            self._tell(done)
 
     def _take(self, now: float) -> tuple[list[str], bool]:
         """Ids to claim, and whether they come from the database instead of the lanes."""
@@ -284,17 +285,18 @@ class PoolWorker:
             self._drained = self._burst and not self._ledger and not self._ledger.unsettled
         return ids, searched
 
-    def _tell(self, settled: Sequence[Settled]) -> None:
+    def _tell(self, done: Exchanged) -> None:
         """Best effort: after the commit nothing may change the outcome any more."""
-        self._face.mirror_ended(settled)
-        self._news.changed([s.job.job_id for s in settled])
-        if any(s.webhook for s in settled):
+        self._face.mirror_ended(done.settled)
+        self._news.changed([s.job.job_id for s in done.settled])
+        if any(s.webhook for s in done.settled):
             self._news.ring_courier()
-        if due := [pair for s in settled for pair in s.due]:
-            with suppress(LanesUnavailable):  # the reconciler rings again
-                self._lanes.push(due)
+        with suppress(LanesUnavailable):  # the reconciler rings again
+            self._lanes.push([due for s in done.settled for due in s.due])
+            self._lanes.push_first(done.next)
 
     def _hand_back(self) -> None:
+        """Give back what waits for a child."""
         for job in self._dealer.take_all():
             self._ledger.end(job, Unfinished())
 
@@ -432,6 +434,7 @@ class PoolWorker:
             self._leave("draining")
         self._dealer.add(self._suspects.values(), now=now)
         self._suspects.clear()
+        self._crew.put_back_unforked(now)
         self._hand_back()
         if now >= self._stop_at or self._signals > 1:
             self._crew.release_all()

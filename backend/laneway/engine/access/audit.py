@@ -19,9 +19,10 @@ import sqlalchemy as sa
 
 from laneway import models
 from laneway.clock import new_id
+from laneway.db import Database
 from laneway.domain.payload import to_json
 from laneway.engine.access.callers import Caller
-from laneway.engine.queries import Clauses, equal_to, made_between, stamp
+from laneway.engine.queries import Clauses, Scope, equal_to, made_between, newest_first, stamp
 
 MAX_TARGET_CHARACTERS = 200
 MAX_FACTS_BYTES = 4096
@@ -99,14 +100,14 @@ def record(
 
 
 def page(
-    connection: sa.Connection, wanted: AuditFilter, *, limit: int, before: str | None
-) -> tuple[list[dict[str, Any]], bool]:
-    """At most `limit` entries, newest first, and whether more follow; `before`: the last id seen."""
-    query = sa.select(models.audit_log).where(*wanted.clauses()).order_by(a.id.desc()).limit(limit + 1)
-    if before is not None:
-        query = query.where(a.id < before)
-    rows = list(connection.execute(query).mappings())
-    return [_view(row) for row in rows[:limit]], len(rows) > limit
+    database: Database, caller: Caller, wanted: AuditFilter, *, limit: int, cursor: str | None
+) -> tuple[list[dict[str, Any]], str | None]:
+    """Entries of all tenants, newest first, and the cursor of the next page. Raises InvalidCursor."""
+    query = sa.select(models.audit_log).where(*wanted.clauses())
+    bound = (Scope(caller.tenant_id), wanted)
+    with database.read() as connection:
+        rows, following = newest_first(connection, query, a.id, bound=bound, limit=limit, cursor=cursor)
+    return [_view(row) for row in rows], following
 
 
 def _view(row: sa.RowMapping) -> dict[str, Any]:

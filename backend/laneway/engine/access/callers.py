@@ -89,7 +89,8 @@ class Caller:
     allowed: frozenset[AccessScope] | None = None  # None: all scopes of the role
     expires_at: datetime | None = None
     job_id: str | None = None  # a token that is bound to this job
-    is_token: bool = False  # of `POST /auth/tokens`
+    is_token: bool = False  # of `POST /auth/tokens`, or of an HTTP job
+    attempt: int | None = None  # of its job: a target that reports about it
     address: str | None = field(default=None, compare=False)  # where from, and in which request
     request_id: str | None = field(default=None, compare=False)
 

@@ -1,8 +1,8 @@
 """Finds the caller behind what a request carries: an API key, a browser token or a JWT.
 
 Callers are remembered for CACHE_SECONDS, so that most requests cost no I/O. What changes meanwhile is
-forgotten at once by whoever changes it here, and within POLL_SECONDS of the commit by every other process
-(`KeyWatch`, engine/access/key_watch.py); CACHE_SECONDS is the bound for what is written past Laneway.
+forgotten at once by whoever changes it here, and within two WATCH_SECONDS of the commit by every other
+process (`KeyLooks`, engine/access/watch.py); CACHE_SECONDS is the bound for what is written past Laneway.
 
 A wrong key costs the same whatever is wrong with it: a well-formed one is always looked up, and its
 secret's hash compared with something, so that answers do not tell by their time which ids exist.
@@ -14,7 +14,7 @@ import hashlib
 import hmac
 import threading
 from collections import OrderedDict
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -37,6 +37,7 @@ from laneway.engine.access.callers import (
     digest_of,
     key_id_of,
 )
+from laneway.engine.access.job_tokens import JOB_TOKEN_PREFIX, JobTokens
 from laneway.engine.access.tokens import TOKEN_PREFIX, Token, TokenSigner
 from laneway.errors import Forbidden, Unauthenticated
 from laneway.settings import Settings
@@ -60,6 +61,7 @@ class Key:
     id: str
     digest: bytes
     caller: Caller
+    version: int
     revoked_at: datetime | None
     networks: tuple[str, ...]  # read only once the secret was right: it takes time
 
@@ -104,11 +106,14 @@ class Remembered(Generic[V]):
             while len(self._values) > CACHE_SIZE:
                 self._values.popitem(last=False)
 
-    def forget(self, names: Iterable[str]) -> None:
+    def forget(self, names: Iterable[str], *, unless: Callable[[str, V], bool] | None = None) -> None:
+        """Forget these values, but for those of which `unless` says that they may stay."""
         with self._lock:
             self._forgotten += 1
             for name in names:
-                self._values.pop(name, None)
+                found = self._values.get(name)
+                if found is not None and (unless is None or not unless(name, found[1])):
+                    del self._values[name]
 
 
 class Callers:
@@ -120,11 +125,13 @@ class Callers:
         clock: Clock,
         *,
         tokens: TokenSigner | None = None,
+        job_tokens: JobTokens | None = None,
         jwts: JwtVerifier | None = None,
     ) -> None:
         self._database = database
         self._clock = clock
         self._tokens = tokens
+        self._job_tokens = job_tokens
         self._jwts = jwts
         self._keys: Remembered[Key] = Remembered(clock)
         self._bearers: Remembered[Caller] = Remembered(clock)
@@ -135,10 +142,12 @@ class Callers:
     @classmethod
     def from_settings(cls, settings: Settings, database: Database, clock: Clock) -> Callers:
         """Those that the settings let in. Raises Unprocessable for settings that cannot be used."""
+        box = SecretBox.from_settings(settings)
         return cls(
             database,
             clock,
-            tokens=TokenSigner(SecretBox.from_settings(settings)),
+            tokens=TokenSigner(box),
+            job_tokens=JobTokens(box),
             jwts=_jwts_of(settings, clock) if settings.jwt_issuers.get_secret_value() else None,
         )
 
@@ -149,6 +158,10 @@ class Callers:
 
     def remembered(self, text: str, *, address: str | None = None) -> Caller | None:
         """The caller, if that can be told without I/O; None: ask `authenticate`."""
+        if text.startswith(JOB_TOKEN_PREFIX):
+            if self._job_tokens is None:
+                raise Unauthenticated("no jobs' tokens are read here")
+            return self._job_tokens.read(text)
         if text.startswith(TOKEN_PREFIX):
             token = self._token(text)
             if not token.key_id:
@@ -209,6 +222,10 @@ class Callers:
         """Read these keys anew before they open again: they were changed."""
         self._keys.forget(key_ids)
 
+    def forget_before(self, versions: Mapping[str, int]) -> None:
+        """Forget what is known of these keys, by their ids, from before these versions."""
+        self._keys.forget(versions, unless=lambda key_id, key: key.version >= versions[key_id])
+
     def take_used(self) -> dict[str, tuple[datetime, str | None]]:
         """When, and from where, keys were used: of each at most once in LAST_USED_SECONDS."""
         with self._used_lock:
@@ -220,7 +237,8 @@ class Callers:
     def _look_up(self, key_id: str) -> sa.Row[*tuple[Any, ...]] | None:
         k = models.api_keys.c
         query = sa.select(
-            k.tenant_id, k.subject, k.role, k.scopes, k.digest, k.expires_at, k.revoked_at, k.allowed_cidrs
+            *(k.tenant_id, k.subject, k.role, k.scopes, k.digest),
+            *(k.version, k.expires_at, k.revoked_at, k.allowed_cidrs),
         )
         with self._database.read() as connection:
             return connection.execute(query.where(k.id == key_id)).first()
@@ -288,7 +306,8 @@ def _key(key_id: str, row: sa.Row[*tuple[Any, ...]]) -> Key:
         allowed=None if row.scopes is None else known_scopes(row.scopes),
         expires_at=row.expires_at,
     )
-    return Key(key_id, bytes(row.digest), caller, row.revoked_at, tuple(row.allowed_cidrs or ()))
+    networks = tuple(row.allowed_cidrs or ())
+    return Key(key_id, bytes(row.digest), caller, row.version, row.revoked_at, networks)
 
 
 def known_scopes(names: Iterable[str]) -> frozenset[AccessScope]:

@@ -1,7 +1,8 @@
-"""Tenants: whose everything is. An admin makes and names them; nobody deletes one."""
+"""Tenants: whose everything is. An admin makes, names and limits them; nobody deletes one."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import sqlalchemy as sa
@@ -18,7 +19,11 @@ from laneway.errors import Conflict, TenantNotFound
 from laneway.webhooks.secrets import SecretBox, new_webhook_secret, tenant_context
 
 t = models.tenants.c
-_SHOWN = (t.id, t.name, t.created_by, t.created_at, t.updated_at)
+j = models.jobs.c
+MAX_RUNNING = 100_000
+MAX_QUEUED = 10_000_000
+_LIMITS = (t.max_running, t.max_queued, t.weight)
+_SHOWN = (t.id, t.name, *_LIMITS, t.created_by, t.created_at, t.updated_at)
 
 
 def page(
@@ -58,19 +63,26 @@ def create(database: Database, box: SecretBox, caller: Caller, *, name: str) -> 
         raise _taken(name) from None
 
 
-def rename(database: Database, tenant_id: str, caller: Caller, *, name: str) -> dict[str, Any]:
-    """The tenant under its new name. Raises TenantNotFound, Conflict when another has the name."""
-    to_json(name, what="name")
+def change(database: Database, tenant_id: str, caller: Caller, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The tenant with what is given: a name, limits. Raises TenantNotFound, Conflict for a taken name.
+
+    What runs when a limit comes counts: it is marked in this transaction.
+    """
+    to_json(given.get("name"), what="name")
     try:
         with database.write() as connection:
-            before = _need(connection, tenant_id)["name"]
-            values = {"name": name, "version": t.version + 1, "updated_at": utc_now()}
+            before = _need(connection, tenant_id)
+            values = dict(given) | {"version": t.version + 1, "updated_at": utc_now()}
             connection.execute(sa.update(models.tenants).where(t.id == tenant_id).values(values))
-            facts = {"name": name, "was": before}
+            if given.get("max_running") is not None:
+                runs: sa.ColumnElement[bool] = sa.literal_column("jobs.status = 'running' AND NOT jobs.gated")
+                marked = sa.update(models.jobs).where(j.tenant_id == tenant_id, runs)
+                connection.execute(marked.values(gated=True))
+            facts = dict(given) | {"was": {name: before[name] for name in given}}
             record(connection, caller, AuditAction.TENANT_CHANGED, f"tenant:{tenant_id}", facts)
             return _need(connection, tenant_id)
     except sa.exc.IntegrityError:
-        raise _taken(name) from None
+        raise _taken(given["name"]) from None
 
 
 def _need(connection: sa.Connection, tenant_id: str) -> dict[str, Any]:
@@ -86,4 +98,5 @@ def _taken(name: str) -> Conflict:
 
 def _view(row: sa.RowMapping) -> dict[str, Any]:
     moments = {name: stamp(row[name]) for name in ("created_at", "updated_at")}
-    return {name: row[name] for name in ("id", "name", "created_by")} | moments
+    limits = {column.name: row[column.name] for column in _LIMITS}
+    return {name: row[name] for name in ("id", "name", "created_by")} | limits | moments
