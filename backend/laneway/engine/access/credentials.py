@@ -106,14 +106,18 @@ class Remembered(Generic[V]):
             while len(self._values) > CACHE_SIZE:
                 self._values.popitem(last=False)
 
-    def forget(self, names: Iterable[str], *, unless: Callable[[str, V], bool] | None = None) -> None:
-        """Forget these values, but for those of which `unless` says that they may stay."""
+    def forget(self, names: Iterable[str]) -> None:
         with self._lock:
             self._forgotten += 1
             for name in names:
-                found = self._values.get(name)
-                if found is not None and (unless is None or not unless(name, found[1])):
-                    del self._values[name]
+                self._values.pop(name, None)
+
+    def forget_if(self, name: str, wrong: Callable[[V], bool]) -> None:
+        """Forget a value that is `wrong`; what is being read meanwhile may be kept."""
+        with self._lock:
+            found = self._values.get(name)
+            if found is not None and wrong(found[1]):
+                del self._values[name]
 
 
 class Callers:
@@ -134,6 +138,7 @@ class Callers:
         self._job_tokens = job_tokens
         self._jwts = jwts
         self._keys: Remembered[Key] = Remembered(clock)
+        self._newest: Mapping[str, int] = {}  # versions of keys that were changed lately
         self._bearers: Remembered[Caller] = Remembered(clock)
         self._used_lock = threading.Lock()
         self._noted: dict[str, float] = {}
@@ -201,7 +206,7 @@ class Callers:
                 raise Unauthenticated(refusal)
             self._note(key_id, address)
             caller = key.caller
-        if key is not None:
+        if key is not None and key.version >= self._newest.get(key.id, 0):
             self._keys.keep(key.id, key, mark)
         return caller
 
@@ -223,8 +228,13 @@ class Callers:
         self._keys.forget(key_ids)
 
     def forget_before(self, versions: Mapping[str, int]) -> None:
-        """Forget what is known of these keys, by their ids, from before these versions."""
-        self._keys.forget(versions, unless=lambda key_id, key: key.version >= versions[key_id])
+        """Remember nothing of these keys, by their ids, that is older than these versions.
+
+        Says the same again while they are young: what was read before, and kept since, is found then.
+        """
+        self._newest = versions
+        for key_id, version in versions.items():
+            self._keys.forget_if(key_id, lambda key, version=version: key.version < version)  # type: ignore[misc]
 
     def take_used(self) -> dict[str, tuple[datetime, str | None]]:
         """When, and from where, keys were used: of each at most once in LAST_USED_SECONDS."""

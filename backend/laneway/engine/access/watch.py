@@ -85,7 +85,7 @@ class Watch:
 
 
 class KeyLooks:
-    """Has `callers` forget keys that were changed, and writes when keys were used.
+    """Has `callers` forget what keys were before they were changed, and writes when keys were used.
 
     What changed is asked for in one small query for all keys, by the database's own clock: each look goes
     back OVERLAP_SECONDS behind the one before, so that a change that was committed late is seen too.
@@ -95,7 +95,6 @@ class KeyLooks:
         self._database = database
         self._callers = callers
         self._since: datetime | None = None
-        self._seen: dict[str, int] = {}
 
     @property
     def looks(self) -> tuple[Look, ...]:
@@ -110,10 +109,7 @@ class KeyLooks:
             now = connection.execute(sa.select(utc_now())).scalar_one()
             if self._since is not None:
                 query = sa.select(k.id, k.version).where(k.updated_at >= self._since)
-                changed = {row.id: row.version for row in connection.execute(query)}
-                if news := {each: v for each, v in changed.items() if self._seen.get(each) != v}:
-                    self._callers.forget_before(news)
-                self._seen = changed
+                self._callers.forget_before({row.id: row.version for row in connection.execute(query)})
         self._since = now - timedelta(seconds=OVERLAP_SECONDS)
 
     def write_used(self) -> None:
