@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import time
 from datetime import UTC, datetime
 from typing import Any
 
@@ -78,6 +80,20 @@ def once(key: str) -> str:
 
 
 _calls: dict[str, int] = {}
+
+
+@background_job("sdk.one_at_a_time", concurrency_key="shop-{shop}", concurrency_limit=1)
+def one_at_a_time(shop: int) -> list[float]:
+    """From when to when it ran, on the clock that all processes share."""
+    began = time.monotonic()
+    threading.Event().wait(0.02)
+    return [began, time.monotonic()]
+
+
+@background_job("sdk.alone", isolation="fork")
+def alone() -> int:
+    """The process that ran it."""
+    return os.getpid()
 
 
 @background_job("sdk.shaky")

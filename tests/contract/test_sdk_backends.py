@@ -13,6 +13,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -243,6 +244,18 @@ def test_a_key_of_the_job_type_makes_asking_twice_one_job(world: World) -> None:
     assert (row(world, first)["unique_key"], row(world, first)["tags"]) == ("once-x", ["one", "two"])
     assert cancel(first)
     assert cancel(other)
+
+
+def test_of_a_concurrency_key_so_many_jobs_run_at_once_as_it_allows(world: World) -> None:
+    ids = [sdk_tasks.one_at_a_time.delay(7) for _ in range(5)]
+    assert row(world, ids[0])["concurrency_key"] == "shop-7"
+    runs = sorted(finished(job_id).result for job_id in ids)
+    assert all(before[1] <= after[0] for before, after in pairwise(runs)), runs
+
+
+def test_a_job_may_have_a_process_of_its_own(world: World) -> None:
+    first, second = (finished(sdk_tasks.alone.delay()).result for _ in range(2))
+    assert (first == second) == (world.name == "memory")
 
 
 def test_a_job_makes_jobs_and_calls_functions(world: World) -> None:
