@@ -257,5 +257,5 @@ def test_what_outstays_its_timeout_on_a_stock_worker_is_killed_also_while_the_st
         stack.enqueue("test.endless", {"how": "base", "ledger": str(ledger)}, timeout_seconds=1)
         (line,) = stack.wait_for_file(ledger)
         with stack.database.write() as connection:
-            connection.execute(sa.text("LOCK TABLE jobs, workers IN ACCESS EXCLUSIVE MODE"))
+            connection.execute(sa.text("LOCK TABLE workers, jobs IN ACCESS EXCLUSIVE MODE"))
             wait_until(lambda: not is_alive(int(line.split()[1])), what="its process is dead", seconds=30)
