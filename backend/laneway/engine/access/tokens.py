@@ -1,22 +1,16 @@
 """Tokens for browsers: short-lived, with fewer rights, maybe for one job only.
 
-    lwt_<key id>.<claims>.<HMAC-SHA256>
-
-They are kept nowhere: who holds the encryption keys can check one. The key is derived from those keys
-(HKDF) for this purpose alone; the first signs, all verify. A token dies with the API key it was made with.
+A token is a signed text (signed.py) that begins with `lwt_`. It dies with the API key it was made with.
 """
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import hmac
-import json
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 
 from laneway.engine.access.callers import AccessScope, Caller, Role
+from laneway.engine.access.signed import SignedTexts
 from laneway.errors import FieldError, Forbidden, Unauthenticated, Unprocessable
 from laneway.webhooks.secrets import SecretBox
 
@@ -39,7 +33,9 @@ class TokenSigner:
     """Makes and reads tokens. Needs no store."""
 
     def __init__(self, box: SecretBox) -> None:
-        self._keys = box.derived("browser-tokens")
+        self._texts = SignedTexts(
+            box, purpose="browser-tokens", prefix=TOKEN_PREFIX, most=MAX_TOKEN_CHARACTERS, name="the token"
+        )
 
     def make(
         self,
@@ -79,19 +75,11 @@ class TokenSigner:
             "j": job_id,
             "e": int(expires_at.timestamp()),
         }
-        key_id = next(iter(self._keys))
-        text = f"{TOKEN_PREFIX}{key_id}.{_base64(json.dumps(claims, separators=(',', ':')).encode())}"
-        return f"{text}.{self._mac(key_id, text)}", made
+        return self._texts.make(claims), made
 
     def read(self, text: str, *, now: datetime) -> Token:
         """What a token says. Raises Unauthenticated: none of ours, changed, or over."""
-        signed, _, mac = text.rpartition(".")
-        key_id, _, claims = signed.removeprefix(TOKEN_PREFIX).partition(".")
-        if len(text) > MAX_TOKEN_CHARACTERS or not text.isascii() or key_id not in self._keys:
-            raise Unauthenticated("the token is malformed")
-        if not hmac.compare_digest(self._mac(key_id, signed), mac):
-            raise Unauthenticated("the token was not made here")
-        said = json.loads(base64.urlsafe_b64decode(claims + "=" * (-len(claims) % 4)))
+        said = self._texts.read(text)
         expires_at = datetime.fromtimestamp(said["e"], UTC)
         if expires_at <= now:
             raise Unauthenticated("the token has expired")
@@ -107,14 +95,7 @@ class TokenSigner:
         )
         return Token(caller, said["k"])
 
-    def _mac(self, key_id: str, text: str) -> str:
-        return _base64(hmac.digest(self._keys[key_id], text.encode(), hashlib.sha256))
-
 
 def token_end(now: datetime, seconds: int) -> datetime:
     """When a token of `seconds` ends; at most MAX_TOKEN_SECONDS from now."""
     return now + timedelta(seconds=min(seconds, MAX_TOKEN_SECONDS))
-
-
-def _base64(data: bytes) -> str:
-    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
