@@ -17,7 +17,7 @@ import aiohttp
 from yarl import URL
 
 from laneway import __version__
-from laneway.webhooks.dial import GetAddrInfo, GuardResolver, socket_factory
+from laneway.webhooks.dial import GetAddrInfo, GuardResolver, guarded_session
 from laneway.webhooks.guard import Policy, check_url
 from laneway.webhooks.retries import ErrorClass
 from laneway.webhooks.sender import explain
@@ -60,19 +60,15 @@ async def call(
         target = check_url(url, policy)
         async with (
             asyncio.timeout(timeout_seconds),
-            aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(
-                    resolver=resolver,
-                    socket_factory=socket_factory(policy),
-                    ssl=_tls() if target.url.startswith("https:") else False,
-                    force_close=True,
-                ),
+            guarded_session(
+                policy,
+                resolver,
+                connections={
+                    "ssl": _tls() if target.url.startswith("https:") else False,
+                    "force_close": True,
+                },
                 headers=_OURS,
-                trust_env=False,
-                cookie_jar=aiohttp.DummyCookieJar(),
-                auto_decompress=False,
                 read_bufsize=MAX_BODY_BYTES,
-                timeout=aiohttp.ClientTimeout(total=None, sock_connect=None),
                 skip_auto_headers=("Content-Type",),
             ) as session,
             session.request(

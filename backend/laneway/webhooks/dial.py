@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
 
 from laneway.webhooks.guard import ALLOWED_CIDRS, Policy, classify
@@ -90,6 +91,26 @@ class GuardResolver(AbstractResolver):
 
     async def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def guarded_session(
+    policy: Policy, resolver: GuardResolver, *, connections: Mapping[str, Any], **options: Any
+) -> aiohttp.ClientSession:
+    """A session for URLs that somebody else chose: what it dials is judged by `policy`.
+
+    Proxies of the environment are not used, cookies not kept, answers not decompressed; redirects are for
+    each request to refuse. There is no deadline but the caller's. `connections` are options of the pool.
+    """
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(
+            resolver=resolver, socket_factory=socket_factory(policy), **connections
+        ),
+        trust_env=False,
+        cookie_jar=aiohttp.DummyCookieJar(),
+        auto_decompress=False,
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=None),
+        **options,
+    )
 
 
 def socket_factory(policy: Policy) -> Callable[[tuple[Any, ...]], socket.socket]:

@@ -24,7 +24,7 @@ from laneway import __version__
 from laneway.clock import Clock
 from laneway.errors import WebhookUrlRefused
 from laneway.webhooks.deliveries import Claimed
-from laneway.webhooks.dial import AddressRefused, GetAddrInfo, GuardResolver, socket_factory
+from laneway.webhooks.dial import AddressRefused, GetAddrInfo, GuardResolver, guarded_session
 from laneway.webhooks.formats import render
 from laneway.webhooks.guard import Policy, check_url
 from laneway.webhooks.pace import MAX_IN_FLIGHT
@@ -65,26 +65,19 @@ class Sender:
 
     async def __aenter__(self) -> Self:
         self._resolver = GuardResolver(self._policy, getaddrinfo=self._getaddrinfo)
-        connector = aiohttp.TCPConnector(
-            limit=MAX_IN_FLIGHT,
-            keepalive_timeout=KEEPALIVE_SECONDS,
-            resolver=self._resolver,
-            ttl_dns_cache=DNS_CACHE_SECONDS,
-            socket_factory=socket_factory(self._policy),
-            ssl=self._tls.default,
-        )
-        self._session = aiohttp.ClientSession(
-            connector=connector,
+        self._session = guarded_session(
+            self._policy,
+            self._resolver,
+            connections={
+                "limit": MAX_IN_FLIGHT,
+                "keepalive_timeout": KEEPALIVE_SECONDS,
+                "ttl_dns_cache": DNS_CACHE_SECONDS,
+                "ssl": self._tls.default,
+            },
             trace_configs=[_trace()],
             response_class=_Response,
             headers=_HEADERS,
-            trust_env=False,
-            cookie_jar=aiohttp.DummyCookieJar(),
-            auto_decompress=False,
             read_bufsize=MAX_RESPONSE_BYTES,
-            timeout=aiohttp.ClientTimeout(
-                total=None, sock_connect=None
-            ),  # `send` has one deadline for all of it
         )
         return self
 
