@@ -75,6 +75,12 @@ class Enqueue(Move):
     sets = "queued_at = COALESCE(u.queued_at, :now), next_retry_at = NULL, status_reason = NULL"
 
 
+_BEGINS = (
+    "attempt = jobs.attempt + 1, lease_token = u.lease_token, worker_id = u.worker_id, started_at = u.at,"
+    " progress = 0, progress_message = NULL, progress_details = NULL"
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Claim(Move):
     """Take the job: attempt + 1, a lease under `lease_token`.
@@ -89,10 +95,7 @@ class Claim(Move):
 
     action = Action.CLAIM
     kinds: ClassVar = {"job_id": "id", "lease_token": "id", "worker_id": "id", "at": "moment"}
-    sets = (
-        "attempt = jobs.attempt + 1, lease_token = u.lease_token, worker_id = u.worker_id, started_at = u.at,"
-        " progress = 0, progress_message = NULL, progress_details = NULL, gated = false"
-    )
+    sets = f"{_BEGINS}, gated = false"
     guard = f"{MAY_START} AND {_NEEDS_NO_SLOT}"
 
 
@@ -100,7 +103,7 @@ class Claim(Move):
 class ClaimSlot(Claim):
     """Take a job for which there is a slot: only for who has made sure of that (engine/concurrency.py)."""
 
-    sets = Claim.sets.replace("gated = false", "gated = true")
+    sets = f"{_BEGINS}, gated = true"
     guard = MAY_START
 
 
@@ -298,7 +301,7 @@ class Applied:
     move: Move
     row: sa.RowMapping
     told: bool = False  # somebody is sent a webhook about it, or about what followed
-    due: tuple[Due, ...] = ()  # `(lane, id)` of jobs that may start since: ring them
+    due: tuple[Due, ...] = ()  # jobs that may start since: ring them
     next: tuple[Due, ...] = ()  # those whose slot came free: ring them at the head
 
     @property

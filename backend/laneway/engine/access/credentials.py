@@ -112,12 +112,12 @@ class Remembered(Generic[V]):
             for name in names:
                 self._values.pop(name, None)
 
-    def forget_if(self, name: str, wrong: Callable[[V], bool]) -> None:
-        """Forget a value that is `wrong`; what is being read meanwhile may be kept."""
+    def forget_if(self, names: Iterable[str], wrong: Callable[[str, V], bool]) -> None:
+        """Forget those of the values that are `wrong`; what is being read meanwhile may be kept."""
         with self._lock:
-            found = self._values.get(name)
-            if found is not None and wrong(found[1]):
-                del self._values[name]
+            for name in names:
+                if (found := self._values.get(name)) is not None and wrong(name, found[1]):
+                    del self._values[name]
 
 
 class Callers:
@@ -233,8 +233,7 @@ class Callers:
         Says the same again while they are young: what was read before, and kept since, is found then.
         """
         self._newest = versions
-        for key_id, version in versions.items():
-            self._keys.forget_if(key_id, lambda key, version=version: key.version < version)  # type: ignore[misc]
+        self._keys.forget_if(versions, lambda key_id, key: key.version < versions[key_id])
 
     def take_used(self) -> dict[str, tuple[datetime, str | None]]:
         """When, and from where, keys were used: of each at most once in LAST_USED_SECONDS."""
