@@ -11,7 +11,7 @@ from fakeredis import FakeRedis, FakeServer
 from laneway.clock import SystemClock
 from laneway.domain.spec import Priority, lane_of, lanes_of
 from laneway.domain.states import JobStatus
-from laneway.lanes.backend import BELL_STROKES, Backlog, EndedRun, Lack, LaneBackend
+from laneway.lanes.backend import BELL_STROKES, Backlog, Due, EndedRun, Lack, LaneBackend
 from laneway.lanes.memory_lanes import MemoryLanes
 from laneway.lanes.rq_lanes import RqLanes
 
@@ -273,3 +273,42 @@ def test_threads_share_a_backend_and_every_id_is_taken_once(lanes: LaneBackend) 
     for thread in threads:
         thread.join(60)
     assert sorted(taken) == sorted(f"{lane}-{i}" for lane in ("critical", "high") for i in range(100))
+
+
+# Pushes to the head
+
+
+def _due(*job_ids: str, lane: str = "high", tenant: str = "t") -> list[Due]:
+    return [Due(lane, job_id, tenant) for job_id in job_ids]
+
+
+def test_ids_come_before_all_others_and_in_their_order(lanes: LaneBackend) -> None:
+    lanes.push(_due("a", "b"))
+    lanes.push(_due("c", tenant="u"))
+    assert lanes.push_first([*_due("x", "y"), *_due("z", lane="low")]) == 3
+    assert lanes.contents("high")[:2] == ["x", "y"]
+    assert lanes.contents("low") == ["z"]
+    assert sorted(lanes.take(["high"], 9, worker_name="w")) == ["a", "b", "c", "x", "y"]
+
+
+def test_an_empty_lane_takes_them_and_rings(lanes: LaneBackend) -> None:
+    assert lanes.push_first(_due("a")) == 1
+    assert lanes.wait(["default"], 0.1)
+    assert lanes.take(["high"], 1, worker_name="w") == ["a"]
+
+
+def test_what_does_not_fit_waits_outside(lanes: LaneBackend) -> None:
+    lanes.push(_due("a", "b", "c", "d"))
+    assert lanes.push_first(_due("x", "y")) == 1
+    assert lanes.contents("high")[0] == "x"
+    assert len(lanes.contents("high")) == WINDOW
+    assert lanes.backlog("high").waiting
+
+
+def test_those_behind_keep_their_order(lanes: LaneBackend) -> None:
+    lanes.push(_due("a", "b"))
+    lanes.push_first(_due("x"))
+    lanes.push(_due("u", tenant="u"))
+    taken = lanes.take(["high"], 9, worker_name="w")
+    assert taken[0] == "x"
+    assert [job_id for job_id in taken if job_id in "ab"] == ["a", "b"]
