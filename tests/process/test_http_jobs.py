@@ -192,7 +192,7 @@ def test_a_worker_that_dies_before_it_handed_over_is_replaced_and_the_old_attemp
         ground.target.mode = wait_at_first
         stack.scheduler(LANEWAY_LEASE_SECONDS="3", **OPEN)
         worker = stack.worker(LANEWAY_LEASE_SECONDS="3", **OPEN)
-        job_id = ground.make("/work/202")
+        job_id = ground.make("/jobs/202")
         assert reached.wait(20)
         worker.kill()  # the target is at work, and nobody has heard of it
         go.set()

@@ -38,7 +38,7 @@ r = models.chain_runs.c
 
 @dataclass(slots=True)
 class Moved:
-    """What became of runs: `due` is `(lane, id)` of jobs that may start, `dropped` the ends of others.
+    """What became of runs: `due` are jobs that may start, `dropped` the ends of others.
 
     `unsure` are runs of which somebody else had a step that was to be dropped: look again.
     """

@@ -33,7 +33,7 @@ News = Mapping[str, tuple[Claimed, Progress]]
 class Settled:
     """A job that left the worker: where it is now, and whether a courier has something to do.
 
-    `due` are `(lane, id)` of jobs that may start since.
+    `due` are jobs that may start since.
     """
 
     job: Claimed

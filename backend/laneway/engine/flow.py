@@ -34,7 +34,7 @@ log = get_logger("flow")
 
 @dataclass(slots=True)
 class Followed:
-    """What followed: moves of other jobs, and `(lane, id)` of those that may start.
+    """What followed: moves of other jobs, and those that may start.
 
     `told`: somebody is sent a webhook about a chain or a batch.
     """

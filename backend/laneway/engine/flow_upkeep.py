@@ -31,7 +31,7 @@ r = models.chain_runs.c
 
 
 def sweep(database: Database, *, now: datetime) -> list[Due]:
-    """Go on with what is left over; `(lane, id)` of jobs that may start since, to be rung."""
+    """Go on with what is left over; jobs that may start since, to be rung."""
     due = _catch_up(database, now=now)
     late = sa.select(r.id).where(
         r.deadline_at <= now, r.finished_at.is_(None), r.deadline_at.is_not(None), r.stopping.is_(None)

@@ -126,7 +126,7 @@ def hand_over(connection: sa.Connection, held: Sequence[Claimed], *, now: dateti
 
 @dataclass(frozen=True, slots=True)
 class Overdue:
-    """What a sweep ended: how many, whether a courier has something to do, `(lane, id)` to be rung."""
+    """What a sweep ended: how many, whether a courier has something to do, jobs to be rung."""
 
     ids: tuple[str, ...] = ()
     told: bool = False

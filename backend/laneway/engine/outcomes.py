@@ -178,7 +178,7 @@ def carry_out(
 
 
 def due_of(outcomes: Sequence[Outcome | Exception]) -> list[Due]:
-    """`(lane, id)` of the jobs that may start since these moves were made, to be rung after the commit."""
+    """The jobs that may start since these moves were made, to be rung after the commit."""
     due = [pair for o in outcomes if isinstance(o, Applied) for pair in o.due]
     return due + next_of(outcomes)
 

@@ -149,7 +149,7 @@ class Reaper:
         self._watch = Watch(lease_seconds)
 
     def sweep(self) -> list[Due]:
-        """One look and what follows from it; `(lane, id)` of the jobs that wait again, to be rung."""
+        """One look and what follows from it; the jobs that wait again, to be rung."""
         living = sa.select(w.id, w.beat, w.held).where(w.state.in_(LIVING))
         running = sa.select(j.worker_id, j.lease_token).where(*_HERE)
         with self._database.read() as connection:

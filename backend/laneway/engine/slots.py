@@ -52,7 +52,7 @@ log = get_logger("slots")
 
 @dataclass(slots=True)
 class Fired:
-    """What a sweep did: how many slots it decided, `(lane, job id)` to be rung, whether somebody is told."""
+    """What a sweep did: how many slots it decided, jobs to be rung, whether somebody is told."""
 
     decided: int = 0
     rung: list[Due] = field(default_factory=list)
